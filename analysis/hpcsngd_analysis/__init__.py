@@ -1,0 +1,1 @@
+"""From run directories to tables, statistics, figures and one offline report page."""

@@ -1,0 +1,1 @@
+"""Experiment and site files: strict YAML, schemas, resolution. Never imports torch."""

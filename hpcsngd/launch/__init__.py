@@ -1,0 +1,1 @@
+"""From a resolved configuration to processes on nodes. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The training worker: model, data, loop, checkpoints. Does not know how it was launched."""
