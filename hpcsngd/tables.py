@@ -1,0 +1,189 @@
+"""The columns of every CSV that a run writes: names, order, types and units, declared once.
+
+Writer (`rundir.CsvWriter`) and readers (`rundir.read_rows`, `hpcsngd_analysis.load`) both go by these. Change
+the meaning of a column only together with ``rundir.SCHEMA``.
+
+Words: ``step`` counts optimizer steps of the whole run, beginning at 1 after the first update; ``epoch`` counts
+completed passes (a row inside the fourth epoch says 3.xx); ``train_s`` is the time spent training, summed over
+attempts, without evaluation, checkpoints, queueing and work that was done twice after a resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["int", "float", "str"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name, type, unit (``""`` for none) and what it means."""
+
+    name: str
+    dtype: Dtype
+    unit: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One kind of CSV file.
+
+    Attributes:
+        name: file name without ``.csv``; per-rank files are ``<name>.rank<r>.csv``.
+        key: columns that identify a row across attempts: after a resume the last attempt's row counts.
+        columns: all columns in file order.
+        per_rank: every rank writes its own file; otherwise rank 0 writes the only one.
+    """
+
+    name: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    per_rank: bool = False
+    doc: str = field(default="", compare=False)
+
+    @property
+    def header(self) -> list[str]:
+        """Returns the column names in file order."""
+        return [column.name for column in self.columns]
+
+    def file_name(self, rank: int | None = None) -> str:
+        """Returns the file name inside ``metrics/``."""
+        return f"{self.name}.rank{rank}.csv" if self.per_rank else f"{self.name}.csv"
+
+
+_ATTEMPT = Column("attempt", "int", "", "which attempt of the run wrote the row; 1 is the first")
+_EPOCH = Column("epoch", "float", "epochs", "completed passes over the training set")
+_STEP = Column("step", "int", "steps", "optimizer steps done")
+_RANK = Column("rank", "int", "", "the rank measured")
+_LAYER = Column("layer", "str", "", "module name in the model")
+
+_CLOCKS = (
+    Column("train_s", "float", "s", "training time so far, summed over attempts"),
+    Column("wall_s", "float", "s", "since the worker of this attempt started"),
+    Column("utc", "str", "", "ISO 8601 time of the row"),
+)
+
+_ALL = (
+    Table(
+        "train",
+        ("step",),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("samples", "int", "samples", "training samples used so far, all ranks"),
+            Column("loss", "float", "", "mean over the samples since the previous row, all ranks"),
+            Column("accuracy", "float", "", "share of correct predictions since the previous row"),
+            Column("lr", "float", "", "learning rate of the last step"),
+            *_CLOCKS,
+        ),
+        doc="Training progress, every diagnostics.log_every steps and at the end of each epoch.",
+    ),
+    Table(
+        "eval",
+        ("step", "split"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("split", "str", "", "which data: test or validation"),
+            Column("count", "int", "samples", "samples evaluated, each once"),
+            Column("loss", "float", "", "mean over the split"),
+            Column("accuracy", "float", "", "share of correct predictions"),
+            Column("eval_s", "float", "s", "time of this evaluation"),
+            *_CLOCKS,
+        ),
+        doc="Evaluation, after each epoch.",
+    ),
+    Table(
+        "profiling",
+        ("step", "phase"),
+        (
+            _ATTEMPT,
+            _STEP,
+            _RANK,
+            Column("refresh", "int", "", "1 on a step that recomputed curvature"),
+            Column(
+                "phase",
+                "str",
+                "",
+                "data, forward, backward, capture, gather, factorise, precondition, update, ...",
+            ),
+            Column("seconds", "float", "s", "time of the phase in this step"),
+        ),
+        per_rank=True,
+        doc="Where the time of each step went; with diagnostics.profiling.",
+    ),
+    Table(
+        "communication",
+        ("step", "phase", "op"),
+        (
+            _ATTEMPT,
+            _STEP,
+            Column("phase", "str", "", "gather, broadcast, ..."),
+            Column("op", "str", "", "the collective"),
+            Column("calls", "int", "", "collectives issued by one rank"),
+            Column("size_bytes", "int", "B", "bytes handed to them by one rank (rank 0)"),
+        ),
+        doc="Bytes sent by the preconditioner; with diagnostics.profiling.",
+    ),
+    Table(
+        "memory",
+        ("step", "kind"),
+        (
+            _ATTEMPT,
+            _STEP,
+            Column("kind", "str", "", "rows, kernels, factors, ..."),
+            Column("size_bytes", "int", "B", "held by the preconditioner on rank 0 after the step"),
+        ),
+        doc="Memory of the preconditioner by kind; with diagnostics.profiling.",
+    ),
+    Table(
+        "rank_analysis",
+        ("step", "layer"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            _LAYER,
+            Column("samples", "int", "samples", "size of the kernel matrix"),
+            Column("share", "float", "", "share of the sum of singular values asked for"),
+            Column("low_rank", "int", "", "singular values needed to reach that share"),
+            Column(
+                "top_eigenvalue", "float", "", "largest eigenvalue of the kernel over the number of samples"
+            ),
+            Column("damping", "float", "", "damping at this refresh"),
+        ),
+        doc="Effective matrix rank of the kernels at each refresh; with diagnostics.rank_analysis.",
+    ),
+    Table(
+        "grad_norm",
+        ("step", "layer"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            _LAYER,
+            Column("norm", "float", "", "Frobenius norm before preconditioning"),
+        ),
+        doc="Gradient norm of each covered layer; with diagnostics.grad_norm.",
+    ),
+    Table(
+        "grad_error",
+        ("step", "layer", "method"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            _LAYER,
+            Column("method", "str", "", "the approximation compared with the exact method"),
+            Column("relative_error", "float", "", "norm of the difference over the norm of the exact result"),
+            Column("cosine", "float", "", "cosine of the angle to the exact result"),
+        ),
+        doc="Approximate against exact preconditioned gradient on one batch; with diagnostics.grad_error.",
+    ),
+)
+
+TABLES: dict[str, Table] = {table.name: table for table in _ALL}
