@@ -3,9 +3,9 @@
 Writer (`rundir.CsvWriter`) and readers (`rundir.read_rows`, `hpcsngd_analysis.load`) both go by these. Change
 the meaning of a column only together with ``rundir.SCHEMA``.
 
-Words: ``step`` counts optimizer steps of the whole run, beginning at 1 after the first update; ``epoch`` counts
-completed passes (a row inside the fourth epoch says 3.xx); ``train_s`` is the time spent training, summed over
-attempts, without evaluation, checkpoints, queueing and work that was done twice after a resume.
+Words: ``step`` counts optimizer steps of the whole run, beginning at 1 after the first update; ``epoch``
+counts completed passes (a row inside the fourth epoch says 3.xx); ``train_s`` is the time spent training,
+summed over attempts, without evaluation, checkpoints, queueing and work done twice after a resume.
 """
 
 from __future__ import annotations

@@ -1,0 +1,245 @@
+"""The experiment schema: what to run. No cluster facts in it.
+
+Optimizers and preconditioners are chosen by ``name``; each has a class here whose fields are the arguments of
+its implementation (``tests/train`` compares the two), so a misspelt argument is refused before submission.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hpcsngd.config.catalogue import DATASETS, MODELS, TORCHVISION_PREFIX
+from hpcsngd.config.fields import Strict, Walltime
+from hpcsngd.errors import did_you_mean
+
+
+class Model(Strict):
+    """The network; the number of classes and input channels comes from the data."""
+
+    name: str
+    """A model of ours, or `torchvision/<name>`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model's constructor."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in MODELS and not (name.startswith(TORCHVISION_PREFIX) and name != TORCHVISION_PREFIX):
+            hint = did_you_mean(name, MODELS)
+            raise ValueError(
+                f"unknown model {name!r}{hint} allowed: {', '.join(MODELS)}, {TORCHVISION_PREFIX}<name>"
+            )
+        return name
+
+
+class Data(Strict):
+    """The data set."""
+
+    name: str
+    """Which data set."""
+    root: str | None = None
+    """Folder of the files; default: the site's data_root."""
+    download: bool = False
+    """Let rank 0 download missing files (needs internet access on the node)."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes per rank; 0 loads in the training process."""
+    train_limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many training samples of a fixed shuffle."""
+    test_limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many test samples of a fixed shuffle."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in DATASETS:
+            raise ValueError(
+                f"unknown data set {name!r}{did_you_mean(name, DATASETS)} allowed: {', '.join(DATASETS)}"
+            )
+        return name
+
+
+class _Optimizer(Strict):
+    lr: float = Field(gt=0)
+    """Peak learning rate; not scaled by the world size."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay as torch's optimizer of that name means it: coupled for sgd and adam, else decoupled."""
+
+
+class SGD(_Optimizer):
+    """torch.optim.SGD."""
+
+    name: Literal["sgd"]
+    momentum: float = Field(default=0.0, ge=0)
+    """Heavy-ball momentum."""
+    dampening: float = 0.0
+    """Dampening of the momentum."""
+    nesterov: bool = False
+    """Nesterov's form."""
+
+
+class Adam(_Optimizer):
+    """torch.optim.Adam or AdamW."""
+
+    name: Literal["adam", "adamw"]
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+
+class Muon(_Optimizer):
+    """torch.optim.Muon for matrices, AdamW for everything else; needs torch >= 2.9."""
+
+    name: Literal["muon"]
+    momentum: float = Field(default=0.95, ge=0)
+    """Momentum of the matrices."""
+    nesterov: bool = True
+    """Nesterov's form."""
+    adamw_lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of the parameters that are not matrices."""
+
+
+Optimizer = Annotated[SGD | Adam | Muon, Field(discriminator="name")]
+
+
+class HyLo(Strict):
+    """hpcsngd.optim.HyLo."""
+
+    name: Literal["hylo"]
+    method: Literal["sngd", "kis"] = "sngd"
+    """Exact, or Khatri-Rao importance sampling."""
+    damping: float = Field(default=0.1, gt=0)
+    """Added to the eigenvalues of the Fisher matrix."""
+    refresh_every: int = Field(default=10, ge=1)
+    """Steps between recomputations of the curvature."""
+    ratio: float = Field(default=1.0, gt=0, le=1)
+    """Share of the samples kept by kis."""
+    skip: list[str] = Field(default_factory=list)
+    """Regular expressions of module names that are left to the optimizer alone."""
+
+
+Preconditioner = Annotated[HyLo, Field(discriminator="name")]
+
+
+class Schedule(Strict):
+    """Learning rate against epochs, as a multiple of optimizer.lr."""
+
+    kind: Literal["constant", "milestones", "cosine", "linear"] = "constant"
+    """Shape after the warm-up."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Epochs of linear rise from `warmup_start` to 1."""
+    warmup_start: float = Field(default=0.1, ge=0, le=1)
+    """Multiple at the very beginning of the warm-up."""
+    milestones: list[float] = Field(default_factory=list)
+    """Epochs after which the rate is multiplied by `gamma`."""
+    gamma: float = Field(default=0.1, gt=0)
+    """Factor per milestone."""
+    final: float = Field(default=0.0, ge=0)
+    """Multiple at the end of cosine and linear."""
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> Schedule:
+        if bool(self.milestones) != (self.kind == "milestones"):
+            raise ValueError("kind: milestones and a list of milestones belong together")
+        if self.milestones != sorted(self.milestones):
+            raise ValueError("milestones must rise")
+        return self
+
+
+class Loss(Strict):
+    """The training loss."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+    """Mean over the samples of the whole global batch."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread over all classes."""
+
+
+class Checkpoint(Strict):
+    """When to write checkpoints; one is also written at the end and on a stop request."""
+
+    every_epochs: int | None = Field(default=1, ge=1)
+    """Epochs between checkpoints; null: none by epoch."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints, besides those by epoch."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest are kept."""
+
+
+class Diagnostics(Strict):
+    """What a run writes besides train.csv and eval.csv."""
+
+    log_every: int = Field(default=10, ge=1)
+    """Steps between rows of train.csv."""
+    profiling: bool = False
+    """Seconds by phase, bytes sent, memory by kind."""
+    rank_analysis: bool = False
+    """Effective matrix rank of the kernels at each refresh."""
+    grad_norm: bool = False
+    """Gradient norm of each covered layer, every step."""
+    grad_error: bool = False
+    """Approximate against exact preconditioned gradient, at each refresh."""
+    tensorboard: bool = False
+    """TensorBoard event files too (needs the extra `tensorboard`)."""
+
+
+class Resources(Strict):
+    """What the experiment needs; whatever is absent comes from the site."""
+
+    nodes: int | None = Field(default=None, ge=1)
+    """Nodes."""
+    gpus_per_node: int | None = Field(default=None, ge=0)
+    """GPUs to use on each node."""
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    """Workers on each node; default: one per GPU, or the site's."""
+    walltime: Walltime | None = None
+    """Wall time of one attempt."""
+
+
+class Experiment(Strict):
+    """An experiment: one YAML file in jobs/."""
+
+    description: str
+    """What is trained and why."""
+    reference: str = ""
+    """Paper, table or script that the settings come from."""
+    task: Literal["classification"] = "classification"
+    """What is learned."""
+    strategy: Literal["ddp"] = "ddp"
+    """How ranks work together."""
+    model: Model
+    """The network."""
+    data: Data
+    """The data set."""
+    batch_size: int = Field(ge=1)
+    """Samples per rank and micro-batch."""
+    eval_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per rank in evaluation; default: batch_size."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step."""
+    epochs: int = Field(ge=1)
+    """Passes over the training set."""
+    optimizer: Optimizer
+    """The base optimizer."""
+    preconditioner: Preconditioner | None = None
+    """What changes the gradient before the optimizer; null: nothing."""
+    schedule: Schedule = Schedule()
+    """Learning rate against epochs."""
+    loss: Loss = Loss()
+    """The training loss."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of forward and backward; fp16 scales the loss and needs a GPU."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the whole gradient, applied before the preconditioner."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When to write checkpoints."""
+    diagnostics: Diagnostics = Diagnostics()
+    """What else is written."""
+    resources: Resources = Resources()
+    """What the experiment needs."""
+    seed: int = Field(default=0, ge=0)
+    """Decides initial weights, order of samples, dropout and sampling."""
+    deterministic: bool = True
+    """Refuse operations that do not give the same bits twice, where torch can tell."""

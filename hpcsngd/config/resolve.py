@@ -1,0 +1,352 @@
+"""A site, an experiment and the overrides become one checked configuration; each leaf knows its origin.
+
+Precedence: defaults < site file < experiment file (``extends`` one parent) < environment < command line.
+Site and experiment stay two trees; ``experiment.resources`` wins over the site's own numbers. When a mapping with a
+``name`` (optimizer, preconditioner, model, data) changes its name, it is replaced as a whole: the old one's
+arguments mean nothing to the new.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from hpcsngd import resources
+from hpcsngd.config import strict
+from hpcsngd.config.experiment import Experiment
+from hpcsngd.config.fields import expand, walltime_minutes
+from hpcsngd.config.messages import explain
+from hpcsngd.config.site import Site
+from hpcsngd.errors import ConfigError, did_you_mean
+
+Tree = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
+
+ENV_PREFIX = "HPCSNGD_SET_"
+"""``HPCSNGD_SET_optimizer__lr=0.1`` overrides ``optimizer.lr``."""
+ENV_NAMES = {"HPCSNGD_DATA_ROOT": "site.data_root", "HPCSNGD_RUN_ROOT": "site.run_root"}
+RESOURCE_KEYS = ("nodes", "gpus_per_node", "ranks_per_node", "walltime")
+
+
+@dataclass(frozen=True)
+class Override:
+    """One value from outside the files: a full key path, the value, and where it was given."""
+
+    path: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked configuration.
+
+    Attributes:
+        site_name: name or file stem of the site.
+        exp_name: name or file stem of the experiment.
+        site: the site.
+        experiment: the experiment.
+        origins: key path (``site.nodes``, ``experiment.optimizer.lr``) -> ``file:line``, ``--set ...``, a
+            variable or ``default``.
+    """
+
+    site_name: str
+    exp_name: str
+    site: Site
+    experiment: Experiment
+    origins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> int:
+        """Returns the number of nodes."""
+        return self.experiment.resources.nodes or self.site.nodes
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Returns the GPUs used on each node."""
+        wanted = self.experiment.resources.gpus_per_node
+        return self.site.gpus_per_node if wanted is None else wanted
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Returns the workers on each node: as asked, else one per GPU, else the site's, else one."""
+        asked = self.experiment.resources.ranks_per_node
+        if asked is None and self.experiment.resources.gpus_per_node is None:
+            asked = self.site.ranks_per_node
+        return asked or self.gpus_per_node or self.site.ranks_per_node or 1
+
+    @property
+    def walltime_min(self) -> int:
+        """Returns the wall time of one attempt in minutes."""
+        return walltime_minutes(self.experiment.resources.walltime or self.site.walltime)
+
+    def to_record(self) -> Tree:
+        """Returns plain data for ``run.yaml``; `from_record` reads it back."""
+        return {
+            "site_name": self.site_name,
+            "exp_name": self.exp_name,
+            "site": self.site.model_dump(mode="json"),
+            "experiment": self.experiment.model_dump(mode="json"),
+            "origins": dict(self.origins),
+        }
+
+
+def from_record(record: Mapping[str, Any]) -> Resolved:
+    """Returns the configuration stored in a ``run.yaml``.
+
+    Raises:
+        ConfigError: it does not fit this version's schema.
+    """
+    try:
+        return Resolved(
+            str(record["site_name"]),
+            str(record["exp_name"]),
+            Site.model_validate(record["site"]),
+            Experiment.model_validate(record["experiment"]),
+            dict(record.get("origins", {})),
+        )
+    except (KeyError, ValidationError) as error:
+        raise ConfigError(f"run.yaml does not fit this version of hpcsngd: {error}") from error
+
+
+def parse_set(text: str) -> Override:
+    """Returns the override in ``a.b=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: no ``=``, or a value that is not YAML.
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, such as optimizer.lr=0.1")
+    return override(path.strip(), value, f"--set {path.strip()}")
+
+
+def override(path: str, value: str, origin: str) -> Override:
+    """Returns an override of a full or short key path with a value written as YAML."""
+    document = strict.loads(f"value: {value}", origin)
+    return Override(full_path(path, origin), document.data["value"], origin)
+
+
+def full_path(path: str, origin: str) -> str:
+    """Returns a key path that begins with ``site.`` or ``experiment.``.
+
+    Short paths are looked up by their first key; ``nodes``, ``gpus_per_node``, ``ranks_per_node`` and
+    ``walltime`` mean the experiment's resources.
+
+    Raises:
+        ConfigError: the first key is unknown or in both trees.
+    """
+    first = path.partition(".")[0]
+    if first in ("site", "experiment"):
+        return path
+    if first == "exp":
+        return "experiment" + path[3:]
+    if first in RESOURCE_KEYS:
+        return f"experiment.resources.{path}"
+    in_site, in_experiment = first in Site.model_fields, first in Experiment.model_fields
+    if in_site and in_experiment:
+        raise ConfigError(f"{origin}: {first!r} is in both: write site.{path} or experiment.{path}")
+    if not in_site and not in_experiment:
+        names = [*Site.model_fields, *Experiment.model_fields, *RESOURCE_KEYS]
+        raise ConfigError(f"{origin}: unknown key {first!r}{did_you_mean(first, names)}")
+    return f"site.{path}" if in_site else f"experiment.{path}"
+
+
+def environment_overrides(environment: Mapping[str, str]) -> list[Override]:
+    """Returns the overrides in ``HPCSNGD_DATA_ROOT``, ``HPCSNGD_RUN_ROOT`` and ``HPCSNGD_SET_*``."""
+    found = [
+        Override(path, environment[name], f"${name}")
+        for name, path in ENV_NAMES.items()
+        if environment.get(name)
+    ]
+    for name in sorted(environment):
+        if name.startswith(ENV_PREFIX):
+            path = name[len(ENV_PREFIX) :].replace("__", ".").lower()
+            found.append(override(path, environment[name], f"${name}"))
+    return found
+
+
+def resolve(
+    site: str,
+    experiment: str,
+    overrides: Sequence[Override] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+    expand_variables: bool = True,
+) -> Resolved:
+    """Returns the checked configuration of a site and an experiment.
+
+    Args:
+        site: name or path of a site file.
+        experiment: name or path of an experiment file.
+        overrides: from the command line, in order; they win over everything.
+        environment: the submitter's; default: ``os.environ``.
+        expand_variables: replace ``${NAME}``; off for showing a site to somebody who has no account there.
+
+    Raises:
+        ConfigError: anything unknown, misspelt or of the wrong type; all errors in one message.
+    """
+    environment = os.environ if environment is None else environment
+    site_file = resources.find_named("site_configs", site)
+    exp_file = resources.find_named("jobs", experiment)
+    layers = [*environment_overrides(environment), *overrides]
+    site_tree, site_origins = _load_tree(site_file)
+    exp_tree, exp_origins = _load_experiment(exp_file)
+    trees = {"site": site_tree, "experiment": exp_tree}
+    origins = _prefixed("site", site_origins) | _prefixed("experiment", exp_origins)
+    for layer in sorted(layers, key=lambda item: not item.path.endswith(".name")):
+        _apply(trees, origins, layer)
+    if expand_variables:
+        trees = {name: _expand(tree, name, origins, environment) for name, tree in trees.items()}
+    checked_site, checked_experiment = _validate(trees, origins)
+    dumped = {"site": checked_site.model_dump(), "experiment": checked_experiment.model_dump()}
+    leaves = {path: origin_of(path, origins) for path, _ in walk(dumped)}
+    return Resolved(site_file.stem, exp_file.stem, checked_site, checked_experiment, leaves)
+
+
+def load_site(name: str) -> Site:
+    """Returns one site, variables unexpanded.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    tree, origins = _load_tree(resources.find_named("site_configs", name))
+    return _checked(Site, "site", tree, _prefixed("site", origins))
+
+
+def load_experiment(name: str) -> Experiment:
+    """Returns one experiment.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    tree, origins = _load_experiment(resources.find_named("jobs", name))
+    return _checked(Experiment, "experiment", tree, _prefixed("experiment", origins))
+
+
+def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of nested mappings as (key path, value); lists are leaves."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from walk(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def origin_of(path: str, origins: Mapping[str, str]) -> str:
+    """Returns where a leaf came from; ``default`` if nobody wrote it."""
+    return origins.get(path, "default")
+
+
+def _load_tree(file: Path) -> tuple[Tree, dict[str, str]]:
+    document = strict.load(file, shown_as=_shown(file))
+    return document.data, {path: f"{document.file}:{line}" for path, line in document.lines.items()}
+
+
+def _load_experiment(file: Path, seen: tuple[Path, ...] = ()) -> tuple[Tree, dict[str, str]]:
+    tree, origins = _load_tree(file)
+    parent_name = tree.pop("extends", None)
+    if parent_name is None:
+        return tree, origins
+    where = origins.pop("extends")
+    if not isinstance(parent_name, str):
+        raise ConfigError(f"{where}: extends: expected the name of one experiment")
+    try:
+        parent_file = _find_parent(parent_name, file)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: extends: {error}") from error
+    if parent_file in (*seen, file):
+        raise ConfigError(f"{where}: extends: {parent_name!r} leads back to itself")
+    parent, parent_origins = _load_experiment(parent_file, (*seen, file))
+    for path, value in walk(tree):
+        _put(parent, parent_origins, path, value, origins.get(path, where))
+    return parent, parent_origins | {path: at for path, at in origins.items() if path not in parent_origins}
+
+
+def _find_parent(name: str, child: Path) -> Path:
+    beside = child.parent / f"{name}.yaml"
+    return beside.resolve() if beside.is_file() else resources.find_named("jobs", name)
+
+
+def _shown(file: Path) -> str:
+    relative = os.path.relpath(file)
+    return str(file) if relative.startswith("..") else relative
+
+
+def _prefixed(prefix: str, origins: Mapping[str, str]) -> dict[str, str]:
+    return {f"{prefix}.{path}": origin for path, origin in origins.items()}
+
+
+def _apply(trees: Tree, origins: dict[str, str], layer: Override) -> None:
+    if layer.path.count(".") == 0:
+        raise ConfigError(f"{layer.origin}: give a key inside {layer.path}, such as {layer.path}.description")
+    _put(trees, origins, layer.path, copy.deepcopy(layer.value), layer.origin)
+
+
+def _put(tree: Tree, origins: dict[str, str], path: str, value: Any, origin: str) -> None:
+    *parents, last = path.split(".")
+    place, done = tree, ""
+    for part in parents:
+        done = f"{done}.{part}" if done else part
+        if not isinstance(place.get(part), dict):
+            _forget(origins, done)
+            place[part] = {}
+        place = place[part]
+    if last == "name" and place.get("name") not in (None, value):
+        place.clear()
+        _forget(origins, done)
+    _forget(origins, path)
+    place[last] = value
+    origins[path] = origin
+
+
+def _forget(origins: dict[str, str], path: str) -> None:
+    for key in [key for key in origins if key == path or key.startswith(path + ".")]:
+        del origins[key]
+
+
+def _expand(tree: Any, path: str, origins: Mapping[str, str], environment: Mapping[str, str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _expand(value, f"{path}.{key}", origins, environment) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_expand(item, f"{path}.{index}", origins, environment) for index, item in enumerate(tree)]
+    if not isinstance(tree, str):
+        return tree
+    where = f"{_nearest(path, origins)}: {path.partition('.')[2]}"
+    return expand(tree, environment, where)
+
+
+def _nearest(path: str, origins: Mapping[str, str]) -> str:
+    while path and path not in origins:
+        path = path.rpartition(".")[0]
+    return origins.get(path, "default")
+
+
+def _validate(trees: Tree, origins: Mapping[str, str]) -> tuple[Site, Experiment]:
+    site = experiment = None
+    problems: list[str] = []
+    try:
+        site = _checked(Site, "site", trees["site"], origins)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        experiment = _checked(Experiment, "experiment", trees["experiment"], origins)
+    except ConfigError as error:
+        problems.append(str(error))
+    if site is None or experiment is None:
+        raise ConfigError("\n".join(problems))
+    return site, experiment
+
+
+def _checked(model: type[M], prefix: str, tree: Tree, origins: Mapping[str, str]) -> M:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = explain(error, model, tree, lambda path: _nearest(f"{prefix}.{path}", origins))
+        raise ConfigError("\n".join(lines)) from error

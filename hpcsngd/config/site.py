@@ -1,0 +1,151 @@
+"""The site schema: where to run. No science in it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hpcsngd.config.fields import Port, Strict, Text, Walltime, walltime_minutes
+
+Directive = bool | Text
+
+
+class Scheduler(Strict):
+    """How jobs reach the nodes."""
+
+    kind: Literal["slurm", "local", "lsf", "ssh"]
+    """The scheduler; `local` starts processes on this machine."""
+    account: Text | None = None
+    """Project that is charged."""
+    partition: Text | None = None
+    """Slurm partition."""
+    queue: Text | None = None
+    """LSF queue."""
+    qos: Text | None = None
+    """Slurm quality of service."""
+    constraint: Text | None = None
+    """Slurm node features."""
+    reservation: Text | None = None
+    """Slurm reservation."""
+    wckey: Text | None = None
+    """Slurm workload characterisation key; most sites refuse one, so none is sent unless set."""
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How GPUs are asked for: --gpus-per-node, --gres=gpu:N, or not at all (whole-node sites)."""
+    exclusive: bool = False
+    """Ask for whole nodes."""
+    options: dict[str, Directive] = Field(default_factory=dict)
+    """More directives, name without dashes -> value; `true` writes the bare option."""
+    skip_options: list[Text] = Field(default_factory=list)
+    """Directives to leave out because the site refuses them, such as `mem` or `gpus-per-node`."""
+    poll_s: float = Field(default=30.0, gt=0)
+    """Seconds between questions to the scheduler while waiting."""
+    command_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds after which a scheduler command that does not answer is given up."""
+
+
+class Launch(Strict):
+    """How workers are started on the allocated nodes."""
+
+    mode: Literal["torchrun", "per_rank"] = "torchrun"
+    """One torchrun per node, or one process per rank started by the scheduler's launcher."""
+    launcher: Literal["srun", "jsrun", "blaunch", "mpirun", "none"] | None = None
+    """What starts the agents on the nodes; default: srun on Slurm, none on a local site."""
+    args: list[Text] = Field(default_factory=list)
+    """More arguments for the launcher."""
+    gpu_visibility: Literal["all", "one"] = "all"
+    """Whether a rank sees all GPUs of its node (device = local rank) or only its own (device 0)."""
+    python: Text | None = None
+    """Python that runs the workers; default: the one that runs hpcsngd, or `python` inside an image."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """torch.distributed backend; auto: nccl with GPUs, else gloo."""
+    rendezvous_timeout_s: float = Field(default=300.0, gt=0)
+    """How long ranks wait for each other at the start."""
+
+
+class Container(Strict):
+    """The image that workers run in."""
+
+    runtime: Literal["auto", "apptainer", "singularity"] = "auto"
+    """Which runtime; auto takes whichever is installed."""
+    image: str
+    """Path of the .sif file."""
+    binds: list[Text] = Field(default_factory=list)
+    """Bind mounts, `host[:inside[:options]]`; the run directory and the data root are always bound."""
+    gpu_flag: Literal["--nv", "--rocm", "none"] = "none"
+    """Flag that brings the GPU driver into the image."""
+    args: list[Text] = Field(default_factory=list)
+    """More arguments for `exec`."""
+
+
+class Limit(Strict):
+    """One row of the site's table of limits: up to `max_nodes` nodes may run for `max_walltime`."""
+
+    max_nodes: int = Field(ge=1)
+    """Largest number of nodes of this row."""
+    max_walltime: Walltime
+    """Longest wall time for jobs of this row."""
+    min_nodes: int = Field(default=1, ge=1)
+    """Smallest number of nodes of this row."""
+    queue: Text | None = None
+    """Partition or queue that the row is about; default: all."""
+
+
+class Site(Strict):
+    """A site: one YAML file in site_configs/."""
+
+    description: Text
+    """What and where the system is."""
+    contact: str = ""
+    """Who keeps this file."""
+    docs: list[Text] = Field(default_factory=list)
+    """Public documents that the facts come from."""
+    checked_on: Text = ""
+    """Date on which the facts were last compared with the documents or the machine."""
+    status: Literal["live", "template", "retired"] = "live"
+    """Whether jobs can be sent there."""
+    arch: Literal["any", "x86_64", "aarch64", "ppc64le"] = "any"
+    """Architecture of the compute nodes."""
+    scheduler: Scheduler
+    """How jobs reach the nodes."""
+    nodes: int = Field(default=1, ge=1)
+    """Nodes, unless the experiment or the command line says otherwise."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    """GPUs in each node."""
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    """Workers per node; default: one per GPU, or one on a node without GPUs."""
+    cpus_per_node: int | None = Field(default=None, ge=1)
+    """Physical cores that jobs may use per node; shared evenly by the ranks."""
+    mem_gb_per_node: float | None = Field(default=None, ge=0)
+    """Memory to ask for per node; 0 asks for all; default: do not ask."""
+    walltime: Walltime = "01:00:00"
+    """Wall time, unless the experiment or the command line says otherwise."""
+    master_port: Port = "auto"
+    """Port of the rendezvous: auto, a number, or a range; leased on node 0 at run time."""
+    launch: Launch = Launch()
+    """How workers are started on the nodes."""
+    preload: list[Text] = Field(default_factory=list)
+    """Shell lines run before Python on each node (module load, source, export)."""
+    env: dict[str, Text] = Field(default_factory=dict)
+    """Environment variables of the workers."""
+    container: Container | None = None
+    """The image that workers run in; default: none."""
+    data_root: Text | None = None
+    """Folder that holds the data sets."""
+    run_root: str = "runs"
+    """Folder in which run directories are made; relative to where submit is called."""
+    limits: list[Limit] = Field(default_factory=list)
+    """What the site allows; a request that fits no row is refused before it is submitted."""
+
+    @model_validator(mode="after")
+    def _ranks_have_gpus(self) -> Site:
+        if self.gpus_per_node and self.ranks_per_node and self.ranks_per_node > self.gpus_per_node:
+            raise ValueError(
+                f"ranks_per_node {self.ranks_per_node} exceeds gpus_per_node {self.gpus_per_node}"
+            )
+        return self
+
+    @property
+    def walltime_min(self) -> int:
+        """Returns the default wall time in minutes."""
+        return walltime_minutes(self.walltime)
