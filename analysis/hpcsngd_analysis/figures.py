@@ -40,7 +40,11 @@ SYMBOLS = (
 POINTS = 1000
 """A curve with more rows is thinned to at most this many points, see `kept_points`."""
 
+MANY = 8
+"""With more runs than this the training curves start hidden, because they would cover the test curves."""
+
 _DASHES = {"train": "dot", "test": "solid", "validation": "dash"}
+_LOG_FROM = np.log10(50.0)
 _TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
@@ -72,15 +76,15 @@ class Curves:
         clock: what is drawn to the right.
         x_title: with its unit.
         y_title: with its unit.
-        is_log: whether the vertical axis is logarithmic.
-        lines: the curves, ordered by run.
+        decades: powers of ten that the logarithmic vertical axis spans; 0 for a linear axis.
+        lines: the curves in drawing order: training first, so that others lie above; then by run.
     """
 
     metric: Metric
     clock: Clock
     x_title: str
     y_title: str
-    is_log: bool
+    decades: float
     lines: tuple[Curve, ...]
 
 
@@ -108,11 +112,14 @@ def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Cu
     unit, divisor = _time_unit([*tables]) if clock == "train_s" else ("", 1.0)
     parts = [_lines(table, metric, clock, divisor, points) for table in tables if len(table)]
     order = {run.name: position for position, run in enumerate(runs.records)}
-    lines = sorted((line for part in parts for line in part), key=lambda line: order[line.run])
-    is_log = metric == "loss" and _spans_decades(lines)
+    lines = sorted(
+        (line for part in parts for line in part), key=lambda line: (line.split != "train", order[line.run])
+    )
+    decades = _decades(lines) if metric == "loss" else 0.0
+    is_log = decades > _LOG_FROM
     x_title = f"training time ({unit})" if clock == "train_s" else "epoch"
     y_title = f"{metric}{' (log scale)' if is_log else ''}"
-    return Curves(metric, clock, x_title, y_title, is_log, tuple(lines))
+    return Curves(metric, clock, x_title, y_title, decades if is_log else 0.0, tuple(lines))
 
 
 def _time_unit(tables: Sequence[pd.DataFrame]) -> tuple[str, float]:
@@ -151,27 +158,35 @@ def kept_points(values: Floats, points: int = POINTS) -> npt.NDArray[np.intp]:
     return np.unique(np.array([0, *extremes, len(values) - 1], dtype=np.intp))
 
 
-def _spans_decades(lines: Sequence[Curve]) -> bool:
+def _decades(lines: Sequence[Curve]) -> float:
+    """Returns the powers of ten between smallest and largest number; 0 where a logarithm makes no sense."""
     values = np.concatenate([line.y for line in lines]) if lines else np.array([])
     values = values[np.isfinite(values)]
-    return len(values) > 0 and bool(values.min() > 0) and bool(values.max() > 50 * values.min())
+    return float(np.log10(values.max() / values.min())) if len(values) and values.min() > 0 else 0.0
+
+
+def _log_tick(decades: float) -> str | int:
+    # plotly's words: "D2" labels 1, 2 and 5 of each decade; a number n labels every n-th decade.
+    return "D2" if decades < 4 else max(1, round(decades / 8))
 
 
 def figure(data: Curves, runs: Runs) -> go.Figure:
-    """Returns the drawing of `curves`: test solid, validation dashed, training dotted and thin.
+    """Returns the drawing of `curves`: test solid, validation dashed, training dotted, thin and below.
 
     Each trace carries ``meta = {"run": position of the run, "split": name}`` for programs, and belongs to the
-    legend group of its run. Without any curve the figure says so.
+    legend group of its run. With more than `MANY` runs the training curves start hidden. Without any curve
+    the figure says so.
     """
     position = {run.name: place for place, run in enumerate(runs.records)}
     drawing = go.Figure(layout=_layout(data))
-    drawing.add_traces([_trace(line, position[line.run], data) for line in data.lines])
+    is_crowded = len(runs.records) > MANY
+    drawing.add_traces([_trace(line, position[line.run], data, is_crowded=is_crowded) for line in data.lines])
     if not data.lines:
         drawing.add_annotation(text="no rows", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
     return drawing
 
 
-def _trace(line: Curve, position: int, data: Curves) -> go.Scatter:
+def _trace(line: Curve, position: int, data: Curves, *, is_crowded: bool) -> go.Scatter:
     look, is_train = style(position), line.split == "train"
     return go.Scatter(
         x=line.x,
@@ -180,15 +195,16 @@ def _trace(line: Curve, position: int, data: Curves) -> go.Scatter:
         name=f"{html.escape(line.run, quote=False)}, {html.escape(line.split, quote=False)}",
         legendgroup=str(position),
         meta={"run": position, "split": line.split},
-        # A lone point has no line to be seen by.
-        mode="lines" if is_train and len(line.x) > 1 else "lines+markers",
+        # A lone number, as before a NaN, has no line to be seen by.
+        mode="lines" if is_train and np.isfinite(line.y).sum() > 1 else "lines+markers",
         line={
             "color": look.color,
             "width": 1.2 if is_train else 2,
             "dash": _DASHES.get(line.split, "dashdot"),
         },
         marker={"symbol": look.symbol, "size": 6},
-        opacity=0.75 if is_train else 1,
+        opacity=0.6 if is_train else 1,
+        visible="legendonly" if is_train and is_crowded else True,
         hovertemplate=_hover(data),
     )
 
@@ -214,8 +230,10 @@ def _layout(data: Curves) -> go.Layout:
         yaxis={
             **axis,
             "title": {"text": data.y_title},
-            "tickformat": ".2~%" if is_share else None,  # the unit stands at each tick
-            "type": "log" if data.is_log else "linear",
+            "tickformat": ".2~%" if is_share else ".3~g",  # per cent stands at each tick
+            "type": "log" if data.decades else "linear",
+            # Left alone, plotly labels all of 1 to 9 over two decades, and the labels overlap.
+            "dtick": _log_tick(data.decades) if data.decades else None,
             "automargin": True,
         },
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#222"},

@@ -108,6 +108,7 @@ def render(runs: Runs) -> str:
         styles={run.name: figures.style(position) for position, run in enumerate(runs.records)},
         splits=list(dict.fromkeys(line.split for data in drawn for line in data.lines)),
         differences=_differences_grid(tables.config_differences(runs)),
+        hides_training=len(runs.records) > figures.MANY,
         plotly_js=Markup(get_plotlyjs()),  # noqa: S704 - our own dependency's script, not user text
         points=figures.POINTS,
         version=__version__,

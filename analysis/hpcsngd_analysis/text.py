@@ -8,8 +8,8 @@ from hpcsngd_analysis.tables import NOT_SET
 
 
 def share(value: float | None) -> str:
-    """Returns a share as per cent with two digits: 0.97222 is ``97.22 %``."""
-    return NOT_SET if value is None else "nan" if math.isnan(value) else f"{100 * value:.2f} %"
+    """Returns a share as per cent with two digits: 0.97222 is ``97.22 %``, with a no-break space."""
+    return NOT_SET if value is None else "nan" if math.isnan(value) else f"{100 * value:.2f}\u00a0%"
 
 
 def number(value: float | None) -> str:

@@ -2,7 +2,9 @@
 (() => {
   const drawings = JSON.parse(document.getElementById("drawings").textContent);
   const plots = [...document.querySelectorAll(".plot:not(.empty)")];
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  // Named one by one: plotly.js 4 would add a button that uploads the figure to a server.
+  const modeBarButtons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
+  const config = { responsive: true, displaylogo: false, modeBarButtons };
   for (const plot of plots) {
     const { data, layout } = drawings[plot.id];
     Plotly.newPlot(plot, data, layout, config);
