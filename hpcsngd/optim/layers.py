@@ -58,15 +58,16 @@ class Layer:
     def input_sums(self, x: Tensor, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
         """Returns the inputs summed over the positions, ``(n, d_in)`` without bias, and their number.
 
+        Always new memory: the caller may reuse its input buffer before the rows are read.
+
         Args:
             x: the call's input.
             output: the call's output (only its shape is read).
             dtype: of the result; sums are taken in it.
         """
         if isinstance(self.module, nn.Linear):
-            batch = x.reshape(1, 1, -1) if x.dim() == 1 else x.reshape(len(x), -1, x.shape[-1])
-            # A single position is copied: the caller may reuse its input buffer before the rows are read.
-            return batch.to(dtype, copy=True).sum(1), batch.shape[1]
+            batch = _with_positions(x)
+            return batch.to(dtype).sum(1), batch.shape[1]
         batch = x if x.dim() == 4 else x.unsqueeze(0)
         pixels = (output.shape[-2], output.shape[-1])
         return patch_sums(batch.to(dtype), self.module, pixels), pixels[0] * pixels[1]
@@ -74,10 +75,15 @@ class Layer:
     def output_sums(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the output gradient summed over the positions, ``(n, d_out)``."""
         if isinstance(self.module, nn.Linear):
-            batch = grad.reshape(1, 1, -1) if grad.dim() == 1 else grad.reshape(len(grad), -1, grad.shape[-1])
-            return batch.to(dtype, copy=True).sum(1)
+            return _with_positions(grad).to(dtype).sum(1)
         batch = grad if grad.dim() == 4 else grad.unsqueeze(0)
         return batch.to(dtype).sum((2, 3))
+
+
+def _with_positions(x: Tensor) -> Tensor:
+    """Returns ``(n, positions, d)`` of ``(n, ..., d)``; a vector is one sample with one position."""
+    batch = x if x.dim() > 1 else x.unsqueeze(0)
+    return batch.unsqueeze(1).flatten(1, -2)
 
 
 def patch_sums(x: Tensor, conv: nn.Conv2d, pixels: tuple[int, int]) -> Tensor:
