@@ -281,7 +281,7 @@ def test_strength_would_notice_averaged_output_gradients() -> None:
 
 
 def test_trains_faster_than_sgd_where_inputs_are_badly_scaled() -> None:
-    """Logistic regression on features of scales 1 to 1e-2: 40 steps beat 400 of well-tuned SGD."""
+    """Logistic regression on features of scales 1 to 1e-2: 40 steps beat 400 of SGD at its best rate."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.logspace(0, -2, 10, dtype=torch.float64)
     x = torch.randn(200, 10, generator=generator, dtype=torch.float64) * scales

@@ -151,5 +151,5 @@ def test_patch_sums_equal_unfold(
     x = torch.randn(2, 3, *image, generator=generator, dtype=torch.float64)
     conv = nn.Conv2d(3, 1, kernel, stride, padding, dilation).double()
     unfolded = F.unfold(x, kernel, dilation, padding, stride)
-    found = patch_sums(x, conv, conv(x).shape[2:])
+    found = patch_sums(x, conv, conv(x).shape[2:], torch.float64)
     torch.testing.assert_close(found, unfolded.sum(2), atol=1e-12, rtol=1e-12)
