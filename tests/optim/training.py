@@ -91,6 +91,8 @@ def train_with_ddp(steps: int, accumulation_steps: int) -> list[Tensor]:
             (oracle.mean_loss(wrapped, x[part], target[part]) / accumulation_steps).backward()
         hylo.step()
         optimizer.step()
+    # Names do not carry the wrapper's prefix: states and draws are the same with and without it.
+    assert set(hylo.state_dict()["layers"]) == {"0", "2"}
     return [p.detach() for p in model.parameters()]
 
 
