@@ -52,6 +52,18 @@ def hylo_layers(
     return layers
 
 
+def test_every_refresh_draws_anew() -> None:
+    data = oracle.batch(models.mlp(), (40, 5))
+    model = models.mlp()
+    hylo = HyLo(model, method="kis", ratio=0.5, damping=DAMPING)
+    kept = []
+    for _ in range(2):
+        oracle.mean_loss(model, *data).backward()
+        hylo.step()
+        kept.append(hylo.state_dict()["layers"]["0"]["a"])
+    assert not torch.equal(*kept)
+
+
 @pytest.mark.parametrize(
     ("count", "ratio", "expected"), [(10, 0.3, 3), (10, 0.01, 1), (10, 1.0, 10), (0, 0.5, 0), (1, 0.1, 1)]
 )

@@ -74,9 +74,10 @@ def test_resume_on_another_number_of_ranks(sizes: list[int]) -> None:
         same(result["gradients"], expected["gradients"])
 
 
-def test_a_fault_on_one_rank_is_everybodys() -> None:
-    results = run_on_ranks(training.train_through_a_fault, 2, 3)
-    assert [result["fallbacks"] for result in results] == [1, 1]
+@pytest.mark.parametrize(("fault", "layers"), [("rows", 1), ("kernel", 2)])
+def test_a_fault_on_one_rank_is_everybodys(fault: str, layers: int) -> None:
+    results = run_on_ranks(training.train_through_a_fault, 2, 3, fault)
+    assert [result["failures"] for result in results] == [layers, layers]
     for left, right in zip(results[0]["gradients"], results[1]["gradients"], strict=True):
         same(left, right, tolerance=0)
         assert all(bool(gradient.isfinite().all()) for gradient in left)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +98,13 @@ def train_with_ddp(steps: int, accumulation_steps: int) -> list[Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
-def train_through_a_fault(steps: int) -> dict[str, Any]:
-    """Trains on all ranks; in the second step the last rank captures a sample that is not finite."""
+def train_through_a_fault(steps: int, fault: str) -> dict[str, Any]:
+    """Trains on all ranks; in the second step something goes wrong on the last rank only.
+
+    Args:
+        steps: after this many the run ends.
+        fault: ``"rows"``, a sample of layer 2 is not finite, or ``"kernel"``, no kernel can be factorized.
+    """
     model = models.mlp()
     hylo = HyLo(model, damping=0.05)
     gradients = []
@@ -105,9 +112,12 @@ def train_through_a_fault(steps: int) -> dict[str, Any]:
         x, target = oracle.batch(models.mlp(), (6, 5), seed=step + 100 * dist.rank())
         model.zero_grad()
         oracle.mean_loss(model, x, target).backward()
-        if step == 1 and dist.rank() == dist.world_size() - 1:
+        faulty = step == 1 and dist.rank() == dist.world_size() - 1
+        if faulty and fault == "rows":
             hylo._capture._calls["2"][0].output_sums[0, 0] = float("nan")
         average_gradients(model)
-        hylo.step()
+        failing = mock.patch("hpcsngd.optim.curvature.jittered_cholesky", return_value=None)
+        with failing if faulty and fault == "kernel" else nullcontext():
+            hylo.step()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    return {"gradients": gradients, "fallbacks": hylo.diagnostics().failures, "state": hylo.state_dict()}
+    return {"gradients": gradients, "failures": hylo.diagnostics().failures, "state": hylo.state_dict()}
