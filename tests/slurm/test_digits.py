@@ -1,4 +1,4 @@
-"""The main job on the real cluster: 2 nodes x 2 ranks, in both launch modes, train as 1 node x 4 ranks does."""
+"""The main job on the real cluster: 2 nodes x 2 ranks, in both launch modes, as on 1 node x 4 ranks."""
 
 from __future__ import annotations
 
