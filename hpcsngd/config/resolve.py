@@ -255,7 +255,7 @@ def _layered(
 
 
 def _names_first(layers: Sequence[Override]) -> list[Override]:
-    """Returns the layers with each ``x.name`` before the first ``x.*``, so that it does not drop its arguments."""
+    """Returns the layers with each ``x.name`` before the first ``x.*``: it would drop its own arguments."""
 
     def place(item: tuple[int, Override]) -> tuple[int, bool]:
         index, layer = item

@@ -18,7 +18,8 @@ import yaml
 from hpcsngd.errors import ConfigError
 
 _TAGS = {
-    f"tag:yaml.org,2002:{kind}" for kind in "map seq str int float bool null timestamp merge value".split()
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
 }
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
