@@ -8,6 +8,7 @@ the same files, so speed never decides what counts as a row.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from pathlib import Path
 
@@ -26,7 +27,13 @@ def dtypes(table: Table) -> dict[str, str]:
 
 
 def empty(table: Table) -> pd.DataFrame:
-    """Returns a frame with the table's columns and no row."""
+    """Returns a new frame with the table's columns and no row."""
+    return _empty(table).copy()
+
+
+@functools.cache
+def _empty(table: Table) -> pd.DataFrame:
+    # Most runs write few of the tables, and making typed columns costs more than reading a small file.
     return pd.DataFrame({name: pd.Series([], dtype=dtype) for name, dtype in dtypes(table).items()})
 
 

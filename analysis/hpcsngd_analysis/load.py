@@ -33,7 +33,7 @@ class Run:
         experiment: name of the experiment asked for.
         site: name of the site asked for.
         config: the resolved configuration, with the keys ``site`` and ``experiment``.
-        provenance: git revision, versions, host, command line; every key is optional.
+        provenance: git commit, versions, host, command line; every key is optional.
         status: how the run ended; None while it has not.
         attempts: number of attempts begun or submitted.
         world_size: ranks of the last attempt that started; None while none has.
@@ -66,6 +66,22 @@ class Run:
     def reason(self) -> str:
         """Why the run did not complete, in one line; empty otherwise."""
         return self.status.reason if self.status else ""
+
+    @property
+    def revision(self) -> str | None:
+        """The git commit of the code, where it is known."""
+        sha = self._git.get("sha")
+        return str(sha) if sha else None
+
+    @property
+    def has_local_changes(self) -> bool:
+        """Whether the code is known to have differed from its commit."""
+        return bool(self._git.get("dirty"))
+
+    @property
+    def _git(self) -> Mapping[str, Any]:
+        found = self.provenance.get("git")
+        return found if isinstance(found, Mapping) else {}
 
 
 @dataclass(frozen=True)

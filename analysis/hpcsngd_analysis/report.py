@@ -148,7 +148,7 @@ def _content(runs: Runs, drawn: Sequence[figures.Curves]) -> dict[str, Any]:
             "best": _leader(rows, "best_accuracy"),
             # The last value of a run that has not completed is not a result to compare with.
             "best_final": _leader([row for row in rows if row["state"] == "completed"], "final_accuracy"),
-            "revisions": sorted({str(sha) for run in runs.records if (sha := run.provenance.get("git_sha"))}),
+            "revisions": sorted({run.revision for run in runs.records if run.revision}),
             "notes": [{"run": name, "note": note} for name, found in notes.items() for note in found],
         },
         "runs": rows,
@@ -223,6 +223,8 @@ def _details(run: Run) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> str:
+    if value is None:
+        return tables.NOT_SET
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

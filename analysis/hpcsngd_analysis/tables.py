@@ -36,7 +36,7 @@ def notes(runs: Runs) -> dict[str, list[str]]:
     """Returns, for every run, what a reader of its numbers must know; an empty list for nothing."""
     train, evaluation = runs.tables["train"], runs.tables["eval"]
     not_finite = {"train": stats.not_finite(train), "eval": stats.not_finite(evaluation)}
-    rows = {name: set(table["run"]) for name, table in (("train", train), ("eval", evaluation))}
+    rows = {name: set(table["run"].unique()) for name, table in (("train", train), ("eval", evaluation))}
     return {
         run.name: [
             *_state_notes(run),
@@ -54,7 +54,7 @@ def _state_notes(run: Run) -> Iterator[str]:
         yield f"has not ended, or ended without a word; {seen}"
     elif run.state != "completed":
         yield f"{run.state}: {run.reason or 'no reason recorded'}"
-    if run.provenance.get("dirty"):
+    if run.has_local_changes:
         yield "ran from a working tree with uncommitted changes"
 
 

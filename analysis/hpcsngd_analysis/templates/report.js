@@ -31,7 +31,7 @@
   const resize = () => plots.forEach((plot) => Plotly.Plots.resize(plot));
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open])")];
+    opened = [...document.querySelectorAll("details.run:not([open])")];
     opened.forEach((element) => { element.open = true; });
     resize();
   });
