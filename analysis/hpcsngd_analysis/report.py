@@ -7,7 +7,9 @@ they are text everywhere (jinja2 escapes, JSON inside the page has its ``<`` esc
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,12 +73,14 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Path:
         HpcsngdError: the file cannot be written.
     """
     page = render(load(paths, TABLES))
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise HpcsngdError(f"cannot write {out}: {error.strerror}") from error
     return out
 
