@@ -11,12 +11,17 @@ import csv
 import functools
 import io
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from hpcsngd.errors import RunDirError
 from hpcsngd.rundir import SCHEMA, read_rows
 from hpcsngd.tables import Dtype, Table
+
+# pandas 2 rounds the last digits unless told not to; 3.1 reads exactly and deprecates asking for it.
+_IS_EXACT = tuple(int(part) for part in pd.__version__.split(".")[:2]) >= (3, 1)
+_EXACT: dict[str, Any] = {} if _IS_EXACT else {"float_precision": "round_trip"}
 
 _DTYPES: dict[Dtype, str] = {"int": "int64", "float": "float64", "str": "str"}
 
@@ -107,7 +112,12 @@ def _fast(table: Table, data: bytes) -> pd.DataFrame | None:
     nan = {name: ["nan"] for name, kind in kinds.items() if kind == "float64"}
     try:
         return pd.read_csv(
-            io.BytesIO(data), dtype=kinds, na_values=nan, keep_default_na=False, skip_blank_lines=False
+            io.BytesIO(data),
+            dtype=kinds,
+            na_values=nan,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            **_EXACT,
         )
     except (ValueError, OverflowError):
         return None

@@ -249,6 +249,7 @@ def test_text_of_users_is_inert(tmp_path: Path) -> None:
     tags = {tag for tag, _ in page.elements}
     assert not {"img", "svg", "b", "i", "u"} & tags
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert "<" not in page.scripts[0]  # so that no text in the data can end its script element
     assert "{{ 7 * 7 }}" in page.text
     assert page.text.count(evil) >= 2 * 6  # experiment, reason, note, setting, command line, evidence
     assert "<" not in json.dumps(
