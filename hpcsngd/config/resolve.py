@@ -1,9 +1,9 @@
 """A site, an experiment and the overrides become one checked configuration; each leaf knows its origin.
 
 Precedence: defaults < site file < experiment file (``extends`` one parent) < environment < command line.
-Site and experiment stay two trees; ``experiment.resources`` wins over the site's own numbers. When a mapping with a
-``name`` (optimizer, preconditioner, model, data) changes its name, it is replaced as a whole: the old one's
-arguments mean nothing to the new.
+Site and experiment stay two trees; ``experiment.resources`` wins over the site's own numbers. When a mapping
+with a ``name`` (optimizer, preconditioner, model, data) changes its name, it is replaced as a whole: the old
+one's arguments mean nothing to the new.
 """
 
 from __future__ import annotations
@@ -178,7 +178,6 @@ def resolve(
     overrides: Sequence[Override] = (),
     *,
     environment: Mapping[str, str] | None = None,
-    expand_variables: bool = True,
 ) -> Resolved:
     """Returns the checked configuration of a site and an experiment.
 
@@ -187,31 +186,37 @@ def resolve(
         experiment: name or path of an experiment file.
         overrides: from the command line, in order; they win over everything.
         environment: the submitter's; default: ``os.environ``.
-        expand_variables: replace ``${NAME}``; off for showing a site to somebody who has no account there.
 
     Raises:
         ConfigError: anything unknown, misspelt or of the wrong type; all errors in one message.
     """
     environment = os.environ if environment is None else environment
-    site_file = resources.find_named("site_configs", site)
-    exp_file = resources.find_named("jobs", experiment)
-    layers = [*environment_overrides(environment), *overrides]
-    site_tree, site_origins = _load_tree(site_file)
-    exp_tree, exp_origins = _load_experiment(exp_file)
-    trees = {"site": site_tree, "experiment": exp_tree}
-    origins = _prefixed("site", site_origins) | _prefixed("experiment", exp_origins)
-    for layer in sorted(layers, key=lambda item: not item.path.endswith(".name")):
-        _apply(trees, origins, layer)
-    if expand_variables:
-        trees = {name: _expand(tree, name, origins, environment) for name, tree in trees.items()}
-    checked_site, checked_experiment = _validate(trees, origins)
-    dumped = {"site": checked_site.model_dump(), "experiment": checked_experiment.model_dump()}
-    leaves = {path: origin_of(path, origins) for path, _ in walk(dumped)}
-    return Resolved(site_file.stem, exp_file.stem, checked_site, checked_experiment, leaves)
+    trees, origins = _layered(site, experiment, overrides, environment)
+    trees = {name: _expand(tree, name, origins, environment) for name, tree in trees.items()}
+    parts = _validate(trees, origins)
+    dumped = {name: part.model_dump() for name, part in parts.items()}
+    leaves = {path: origins.get(path, "default") for path, _ in walk(dumped)}
+    site_name, exp_name = (
+        resources.find_named("site_configs", site).stem,
+        resources.find_named("jobs", experiment).stem,
+    )
+    return Resolved(site_name, exp_name, parts["site"], parts["experiment"], leaves)
+
+
+def resolve_parts(
+    site: str | None, experiment: str | None, overrides: Sequence[Override] = ()
+) -> tuple[dict[str, Site | Experiment], dict[str, str]]:
+    """Returns a site, an experiment or both with their origins; ``${NAME}`` stays, as this is for looking.
+
+    Raises:
+        ConfigError: as `resolve`; also an override of the part that is not there.
+    """
+    trees, origins = _layered(site, experiment, overrides, os.environ)
+    return _validate(trees, origins), origins
 
 
 def load_site(name: str) -> Site:
-    """Returns one site, variables unexpanded.
+    """Returns one site as its file has it, ``${NAME}`` unexpanded.
 
     Raises:
         ConfigError: as `resolve`.
@@ -221,13 +226,45 @@ def load_site(name: str) -> Site:
 
 
 def load_experiment(name: str) -> Experiment:
-    """Returns one experiment.
+    """Returns one experiment as its file has it.
 
     Raises:
         ConfigError: as `resolve`.
     """
     tree, origins = _load_experiment(resources.find_named("jobs", name))
     return _checked(Experiment, "experiment", tree, _prefixed("experiment", origins))
+
+
+def _layered(
+    site: str | None, experiment: str | None, overrides: Sequence[Override], environment: Mapping[str, str]
+) -> tuple[Tree, dict[str, str]]:
+    trees: Tree = {}
+    origins: dict[str, str] = {}
+    if site is not None:
+        trees["site"], found = _load_tree(resources.find_named("site_configs", site))
+        origins |= _prefixed("site", found)
+    if experiment is not None:
+        trees["experiment"], found = _load_experiment(resources.find_named("jobs", experiment))
+        origins |= _prefixed("experiment", found)
+    from_environment = [
+        item for item in environment_overrides(environment) if item.path.partition(".")[0] in trees
+    ]
+    for layer in _names_first([*from_environment, *overrides]):
+        _apply(trees, origins, layer)
+    return trees, origins
+
+
+def _names_first(layers: Sequence[Override]) -> list[Override]:
+    """Returns the layers with each ``x.name`` before the first ``x.*``: it would drop its own arguments."""
+
+    def place(item: tuple[int, Override]) -> tuple[int, bool]:
+        index, layer = item
+        parent, _, last = layer.path.rpartition(".")
+        if last != "name":
+            return index, True
+        return min(i for i, other in enumerate(layers) if other.path.startswith(f"{parent}.")), False
+
+    return [layer for _, layer in sorted(enumerate(layers), key=place)]
 
 
 def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -237,11 +274,6 @@ def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree
-
-
-def origin_of(path: str, origins: Mapping[str, str]) -> str:
-    """Returns where a leaf came from; ``default`` if nobody wrote it."""
-    return origins.get(path, "default")
 
 
 def _load_tree(file: Path) -> tuple[Tree, dict[str, str]]:
@@ -284,8 +316,11 @@ def _prefixed(prefix: str, origins: Mapping[str, str]) -> dict[str, str]:
 
 
 def _apply(trees: Tree, origins: dict[str, str], layer: Override) -> None:
-    if layer.path.count(".") == 0:
-        raise ConfigError(f"{layer.origin}: give a key inside {layer.path}, such as {layer.path}.description")
+    part, dot, _ = layer.path.partition(".")
+    if not dot:
+        raise ConfigError(f"{layer.origin}: give a key inside {part}, such as {part}.description")
+    if part not in trees:
+        raise ConfigError(f"{layer.origin}: {layer.path} belongs to the {part}, and none was named")
     _put(trees, origins, layer.path, copy.deepcopy(layer.value), layer.origin)
 
 
@@ -328,20 +363,18 @@ def _nearest(path: str, origins: Mapping[str, str]) -> str:
     return origins.get(path, "default")
 
 
-def _validate(trees: Tree, origins: Mapping[str, str]) -> tuple[Site, Experiment]:
-    site = experiment = None
+def _validate(trees: Tree, origins: Mapping[str, str]) -> dict[str, Any]:
+    models: dict[str, type[BaseModel]] = {"site": Site, "experiment": Experiment}
+    parts: dict[str, Any] = {}
     problems: list[str] = []
-    try:
-        site = _checked(Site, "site", trees["site"], origins)
-    except ConfigError as error:
-        problems.append(str(error))
-    try:
-        experiment = _checked(Experiment, "experiment", trees["experiment"], origins)
-    except ConfigError as error:
-        problems.append(str(error))
-    if site is None or experiment is None:
+    for name, tree in trees.items():
+        try:
+            parts[name] = _checked(models[name], name, tree, origins)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
         raise ConfigError("\n".join(problems))
-    return site, experiment
+    return parts
 
 
 def _checked(model: type[M], prefix: str, tree: Tree, origins: Mapping[str, str]) -> M:

@@ -17,6 +17,10 @@ import yaml
 
 from hpcsngd.errors import ConfigError
 
+_TAGS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+}
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _CONSTANTS: dict[str, Any] = {
@@ -114,12 +118,12 @@ def loads(text: str, name: str) -> Document:
 
 
 def _build(node: yaml.Node, path: str, document: Document) -> Any:
+    if node.tag not in _TAGS:
+        raise ConfigError(f"{document.file}:{node.start_mark.line + 1}: the tag {node.tag} is not allowed")
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, document)
     if isinstance(node, yaml.SequenceNode):
         return _sequence(node, path, document)
-    if not node.tag.startswith("tag:yaml.org,2002:"):
-        raise ConfigError(f"{document.file}:{node.start_mark.line + 1}: the tag {node.tag} is not allowed")
     text = str(node.value)
     is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
     return scalar(text) if is_plain else text

@@ -1,0 +1,47 @@
+# Two commands matter to a newcomer: `make demo` and `make test`. Both set up everything they need in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# pytest options for `make test`, such as: make test T="-k resume -x"
+T      ?=
+
+.PHONY: help venv system demo test check lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+venv: $(READY) ## virtual environment with everything needed
+
+$(READY): pyproject.toml tests/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hpcsngd needs Python 3.10 or later: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@echo "setting up $(VENV) (a minute or two; torch is large)"
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then pins="-c tests/constraints.txt"; fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$pins -e '.[train,tensorboard,analysis,dev]'
+	@touch $@
+
+system: ## system packages that some tests use, where this machine lets us install them
+	@tests/testbed/packages
+
+demo: venv ## train digits with HyLo on two ranks of this machine; ends with a report
+	@$(BIN)/hpcsngd submit --site local --exp digits-hylo --wait
+
+test: venv system ## every test, including those on a real Slurm
+	$(BIN)/python -m pytest $(T)
+
+check: lint ## formatting, linters, types, import rules, fast tests: before every commit
+	$(BIN)/python -m pytest -m "not dist and not slurm and not slow and not gpu and not apptainer and not browser" $(T)
+
+lint: venv ## the part of check that runs no test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: venv ## benchmarks; ratios within one run, results in benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.startup
+
+clean: ## remove the virtual environment and what tools left
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

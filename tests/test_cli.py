@@ -1,0 +1,138 @@
+"""The command line as a user meets it: read verbs, messages, exit codes, completion, imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def hpcsngd(*args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "analysis")])
+    return subprocess.run(
+        [sys.executable, "-m", "hpcsngd", *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        env={**os.environ, "PYTHONPATH": path, **env},
+        timeout=120,
+        check=False,
+    )
+
+
+def modules_of(*args: str) -> set[str]:
+    """Returns the modules that a command imports, checked while it really runs."""
+    code = (
+        "import sys\n"
+        "from hpcsngd.cli import cli\n"
+        "try:\n    cli.main(sys.argv[1:], standalone_mode=False)\n"
+        "finally:\n"
+        "    print('MODULES', *{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    line = next(line for line in done.stderr.splitlines() if line.startswith("MODULES"))
+    return set(line.split()[1:])
+
+
+def test_help_lists_the_verbs_and_exit_codes() -> None:
+    done = hpcsngd("--help")
+    assert done.returncode == 0
+    for word in ("submit", "show", "sites", "experiments", "status", "report", "Exit codes", "completion"):
+        assert word in done.stdout
+
+
+def test_help_imports_click_alone() -> None:
+    found = modules_of("--help")
+    assert "click" in found
+    assert not found & {"torch", "pandas", "numpy", "submitit", "pydantic", "yaml", "rich", "plotly"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("sites",),
+        ("experiments", "--json"),
+        ("show", "--site", "local", "--exp", "digits-hylo"),
+        ("submit", "--site", "local", "--exp", "digits-hylo", "--dry-run"),
+        ("status", "--json"),
+    ],
+    ids=lambda args: args[0],
+)
+def test_no_login_verb_imports_torch(args: tuple[str, ...]) -> None:
+    assert not modules_of(*args) & {"torch", "pandas", "torchvision"}
+
+
+def test_sites_and_experiments() -> None:
+    rows = json.loads(hpcsngd("sites", "--json").stdout)
+    assert {row["name"] for row in rows} >= {"local", "mist", "slurm"}
+    assert all(row["error"] is None for row in rows)
+    assert "digits-hylo" in hpcsngd("experiments").stdout
+
+
+def test_a_broken_file_is_listed_as_broken(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("description: x\nnodse: 3\n")
+    done = hpcsngd("sites", HPCSNGD_SITES=str(tmp_path))
+    assert done.returncode == 0
+    assert "nodse: unknown key" in done.stdout
+
+
+def test_show_with_origins() -> None:
+    done = hpcsngd("show", "--site", "mist", "--exp", "digits-hylo", "--set", "epochs=3", "--origins")
+    assert done.returncode == 0
+    assert "experiment.epochs: 3" in done.stdout
+    assert "# --set epochs" in done.stdout
+    assert "${MIST_ACCOUNT}" in done.stdout
+    tree = json.loads(hpcsngd("show", "--exp", "digits-sgd", "--json").stdout)
+    assert tree["experiment"]["preconditioner"] is None
+
+
+def test_show_schema_is_json() -> None:
+    assert "master_port" in json.loads(hpcsngd("show", "--schema", "site").stdout)["properties"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (
+            ("submit", "--site", "lcal", "--exp", "digits-hylo"),
+            2,
+            "unknown site 'lcal'; did you mean 'local'",
+        ),
+        (("submit", "--site", "local", "--exp", "digits-hyl"), 2, "did you mean 'digits-hylo'"),
+        (("submit", "--site", "local"), 2, "Missing option '--exp'"),
+        (("submit", "--sit", "local"), 2, "No such option '--sit'"),
+        (("sbmit",), 2, "sbmit"),
+        (("show",), 2, "give --site, --exp or both"),
+        (("show", "--exp", "digits-hylo", "--set", "epocs=1"), 2, "did you mean 'epochs'"),
+        (("show", "--exp", "digits-hylo", "--set", "epochs=x"), 2, "epochs: input should be a valid integer"),
+        (("status", "/nonexistent/run"), 2, "does not exist"),
+        (("report", "/nonexistent/run"), 2, "does not exist"),
+        (("show", "--site", "/nonexistent.yaml"), 2, "no site file at /nonexistent.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_mistakes_end_with_a_message_and_no_traceback(args: tuple[str, ...], code: int, words: str) -> None:
+    done = hpcsngd(*args)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_completion_offers_names() -> None:
+    env = {"_HPCSNGD_COMPLETE": "bash_complete", "COMP_WORDS": "hpcsngd submit --site mi", "COMP_CWORD": "3"}
+    assert "mist" in hpcsngd(**env).stdout
+    env = {"_HPCSNGD_COMPLETE": "bash_complete", "COMP_WORDS": "hpcsngd show --exp digits", "COMP_CWORD": "3"}
+    assert "digits-sgd" in hpcsngd(**env).stdout
+
+
+def test_status_of_an_empty_root(tmp_path: Path) -> None:
+    done = hpcsngd("status", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "no runs in runs\n")
