@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpcsngd.config.resolve import Resolved
@@ -35,6 +36,18 @@ _CAUSES: dict[str, str] = {
     "output": "submitit's folder",
     "error": "submitit's folder",
 }
+
+_COMMAND_KEYS = (
+    "site.launch.mode",
+    "site.launch.python",
+    "site.launch.rendezvous_timeout_s",
+    "site.master_port",
+    "site.preload",
+    "site.container.image",
+    "site.container.binds",
+    "site.container.gpu_flag",
+    "site.container.args",
+)
 
 
 def script(made: Plan, run_dir: Path) -> str:
@@ -65,7 +78,11 @@ def dry_run(resolved: Resolved, *, host: Host | None = None) -> str:
         blocks.append(
             f"# --- started on this machine, in a session of its own\n{_local_command(made, run_dir)}"
         )
-    blocks += [_workers(made, run_dir), "# --- environment of the workers\n" + _environment(made, resolved)]
+    blocks += [
+        _workers(made, run_dir),
+        "# --- where it comes from\n" + _origins(_COMMAND_KEYS, resolved),
+        "# --- environment of the workers\n" + _environment(made, resolved),
+    ]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -89,6 +106,10 @@ def _cause(name: str, resolved: Resolved) -> tuple[str, str]:
     return keys[-1], resolved.origins.get(keys[-1], "")
 
 
+def _origins(keys: Sequence[str], resolved: Resolved) -> str:
+    return "\n".join(f"{key:<61} {resolved.origins[key]}" for key in keys if key in resolved.origins)
+
+
 def _headline(made: Plan) -> str:
     gpus = f", {made.gpus_per_node} GPU(s) per node" if made.gpus_per_node else ", no GPUs"
     return (
@@ -100,28 +121,30 @@ def _headline(made: Plan) -> str:
 
 def _local_command(made: Plan, run_dir: Path) -> str:
     words = [made.agent_python, "-u", "-m", "submitit.core._submit", str(RunDir(run_dir).submit_dir)]
-    return f"{shlex.join(words)}    # x {made.agents_per_node}"
+    return f"# agents: {made.agents_per_node}\n{shlex.join(words)}"
 
 
 def _workers(made: Plan, run_dir: Path) -> str:
     first, last = made.ports
-    address = "127.0.0.1" if made.scheduler == "local" else "HOST0"
-    legend = [f"# PORT: leased on node 0 at the start, {first if first == last else f'{first}-{last}'}"]
-    if address == "HOST0":
-        legend.insert(0, "# HOST0: the first host that Slurm gives")
+    port = f"# PORT: leased on node 0 at the start, {first if first == last else f'{first}-{last}'}"
+    address, legend = ("127.0.0.1", [port])
+    if made.scheduler != "local":
+        address, legend = "HOST0", ["# HOST0: the first host that Slurm gives", port]
     if made.mode == "per_rank":
-        title = "# --- each rank runs (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)"
-        words = commands.rank_command(made, str(run_dir), 1)
+        title = "# --- each rank runs, with RANK and LOCAL_RANK of its own and"
         legend.append(f"# WORLD_SIZE={made.world_size} MASTER_ADDR={address} MASTER_PORT=PORT")
+        words = commands.rank_command(made, str(run_dir), 1)
     else:
-        title = (
-            f"# --- each node runs (NODE is 0 to {made.nodes - 1})"
-            if made.nodes > 1
-            else "# --- the node runs"
-        )
-        node: int | str = "NODE" if made.nodes > 1 else 0
-        words = commands.node_command(made, str(run_dir), 1, node=node, address=address, port="PORT")
-    return "\n".join([title, *legend, shlex.join(words)])
+        nodes = f"0 to {made.nodes - 1}" if made.nodes > 1 else "0"
+        title = f"# --- each node runs, with NODE its number ({nodes}),"
+        words = commands.node_command(made, str(run_dir), 1, node="NODE", address=address, port="PORT")
+    return "\n".join([title, *legend, _readable(words)])
+
+
+def _readable(words: Sequence[str]) -> str:
+    """Returns ``bash -c TEXT ...`` as shell text that does the same, with TEXT on lines of its own."""
+    bash, option, text, *rest = words
+    return f"shell=$(cat <<'END'\n{text}\nEND\n)\n{bash} {option} \"$shell\" {shlex.join(rest)}"
 
 
 def _environment(made: Plan, resolved: Resolved) -> str:
@@ -129,5 +152,5 @@ def _environment(made: Plan, resolved: Resolved) -> str:
     rows = ["# the submitter's, without scheduler and launcher variables, and:"]
     for name, value in sorted(set_for_all.items()):
         where = resolved.origins.get(f"site.env.{name}", "hpcsngd")
-        rows.append(f"{name}={shlex.quote(value):<30} {where}")
+        rows.append(f"{f'{name}={shlex.quote(value)}':<60} {where}")
     return "\n".join(rows)

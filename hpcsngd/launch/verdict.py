@@ -6,6 +6,7 @@ A worker that could write its own fault knows better: the agent asks here only w
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 from collections.abc import Sequence
@@ -17,6 +18,11 @@ EVIDENCE_LINES = 12
 
 # what torchrun, torch's excepthook and srun --label put in front of a line
 _PREFIX = re.compile(r"^(?:\[(?:rank|default)\d+\]:\s?|\d+:\s)")
+# torchrun's own words about a worker that failed; everything before them is the workers'
+_TORCHRUN = re.compile(r"torch[./]distributed[./]elastic[./]multiprocessing[./]api")
+_LAST_WORDS = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)\b(?::|$)")
+# glog's warnings: c10d warns of names that it cannot look up and then connects all the same
+_WARNING = re.compile(r"^\[?W\d{4} ")
 _WORKER_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
@@ -24,7 +30,7 @@ _EXCEPTION = r"^(?:[\w.]+\.)?"
 _CAUSES: tuple[tuple[str, str], ...] = (
     ("configuration", r"^hpcsngd: preload line \d+ failed: "),
     ("import_error", _EXCEPTION + r"(?:ModuleNotFoundError|ImportError): "),
-    ("import_error", r": No module named '?[\w.]+'?$"),
+    ("import_error", r": No module named '?[\w.]+'?$|Error while finding module specification for "),
     ("architecture", r"Exec format error|cannot execute binary file"),
     ("architecture", r"image's architecture \(\w+\) could not run on the host's"),
     ("out_of_memory", r"(?:CUDA|HIP) out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"),
@@ -77,14 +83,17 @@ def worker_exit(lines: Sequence[str], exit_status: int) -> int:
 
     torchrun ends with 1 whatever its workers did, but says in its report how the first one ended.
     """
-    found = next((match[1] for line in lines if (match := _WORKER_EXIT.search(line))), None)
-    return int(found) if found is not None else exit_status
+    found = [match[1] for line in lines if (match := _WORKER_EXIT.search(line))]
+    # its report lists the root cause last
+    return int(found[-1]) if found else exit_status
 
 
 def _first(lines: Sequence[str], causes: Sequence[tuple[str, str]]) -> tuple[str, int] | None:
     """Returns the kind and index of the earliest line that one of the patterns describes."""
     patterns = [(kind, re.compile(pattern)) for kind, pattern in causes]
     for index, line in enumerate(lines):
+        if _WARNING.match(line):
+            continue
         for kind, pattern in patterns:
             if pattern.search(line):
                 return kind, index
@@ -96,7 +105,8 @@ def _message(line: str) -> str:
 
 
 def _from_exit(lines: Sequence[str], exit_status: int) -> Verdict:
-    evidence = [line for line in lines if line.strip()][-EVIDENCE_LINES:]
+    own = list(itertools.takewhile(lambda line: not _TORCHRUN.search(line), lines))
+    evidence = [line for line in own if line.strip()][-EVIDENCE_LINES:]
     status = worker_exit(lines, exit_status)
     if status < 0:
         return Verdict("killed", f"a worker was ended by {_signal_name(-status)}", evidence)
@@ -105,7 +115,9 @@ def _from_exit(lines: Sequence[str], exit_status: int) -> Verdict:
         return Verdict("configuration", evidence[-1] if evidence else "the command was not found", evidence)
     if status == PRELOAD_FAILED:
         return Verdict("configuration", "a preload line failed", evidence)
-    return Verdict("unknown", f"the workers ended with exit status {status}", evidence)
+    words = next((line for line in reversed(evidence) if _LAST_WORDS.match(line)), "")
+    quoted = f"; last exception: {_message(words)}" if words else ""
+    return Verdict("unknown", f"the workers ended with exit status {status}{quoted}", evidence)
 
 
 def _signal_name(number: int) -> str:
