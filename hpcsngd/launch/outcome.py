@@ -30,6 +30,8 @@ FINISHED_WAIT_S = 10.0
 LIMIT_MARGIN_S = 150.0
 """A stop signal so close to the limit is the limit's: warned 90 s ahead, by a check every 30 s."""
 
+# what workers seem to die of when another rank has failed or a signal came
+_ECHOES = ("killed", "rendezvous", "unknown")
 _STATE_OF_KIND = {"walltime": "timeout", "preempted": "preempted"}
 
 
@@ -95,11 +97,21 @@ def conclude(context: Context, ended: Ended, stop: Stop) -> None:
         return
     exit_status = verdict.worker_exit(ended.lines, ended.exit_status)
     is_on_request = ended.by == "itself" and exit_status == STOPPED_ON_REQUEST
-    if is_on_request or (ended.by == "stop" and not _settled_faults(context, stop)):
+    cause = verdict.classify(ended.lines, exit_status)
+    if is_on_request or (_is_consequence(ended, cause, stop) and not _settled_faults(context, stop)):
         raise RunFailedError(_stopped(context, stop, is_on_request))
-    if ended.by == "itself" or not context.attempt.faults():
-        _record_own_fault(context, verdict.classify(ended.lines, exit_status))
+    if not context.attempt.faults() or (ended.by == "itself" and cause.kind not in _ECHOES):
+        _record_own_fault(context, cause)
     raise RunFailedError(_failed(context))
+
+
+def _is_consequence(ended: Ended, cause: verdict.Verdict, stop: Stop) -> bool:
+    """Returns whether the workers ended because of a stop signal.
+
+    Some process trackers (linuxproc, and Slurm's own for SIGTERM) hand the agent's signal to the workers too;
+    those then end by themselves, killed or with a torn connection.
+    """
+    return ended.by == "stop" or (ended.by == "itself" and stop.is_requested and cause.kind in _ECHOES)
 
 
 def fail(context: Context, error: Exception) -> None:
@@ -127,7 +139,7 @@ def _complete(context: Context) -> None:
 
 def _stopped(context: Context, stop: Stop, is_on_request: bool) -> str:
     """Writes the status of an attempt that was asked to stop; returns its reason."""
-    how = "checkpointed and left" if is_on_request else "did not leave in time and were ended"
+    how = "checkpointed and left" if is_on_request else "were ended"
     signals = stop.words() or "a stop request"
     if context.is_near_limit:
         state, reason = "timeout", f"wall time of {context.plan.walltime_min} min reached; the workers {how}"

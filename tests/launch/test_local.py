@@ -181,9 +181,14 @@ def test_a_port_that_is_taken_after_the_lease_is_leased_again(configure: Configu
 @pytest.mark.dist
 def test_ranks_started_singly_follow_a_rendezvous_that_moves(configure: Configure, tmp_path: Path) -> None:
     """Rank 0 finds its port taken; the other rank, which already waits there, starts again with it."""
+    (tmp_path / "thief.py").write_text(
+        "import os, socket, time\n"
+        "held = socket.create_server(('', int(os.environ['MASTER_PORT'])))\n"
+        "time.sleep(20)\n"
+    )
     steal = textwrap.dedent(f"""
         if [ "$RANK" = 0 ] && mkdir '{tmp_path}/stolen' 2>/dev/null; then
-          {sys.executable} -c "import socket,time; s=socket.create_server(('', $MASTER_PORT)); time.sleep(20)" &
+          {sys.executable} '{tmp_path}/thief.py' &
           sleep 0.5
         fi
     """)
@@ -288,7 +293,7 @@ def test_the_wall_time_ends_a_local_job(configure: Configure, monkeypatch: pytes
     submitted = send(configure, launch=PER_RANK, env={"STANDIN": "hang"})
     ended = submit.wait(submitted.run, poll_s=0.2)
     assert ended.state == "preempted"  # half an hour was planned, so this is not the plan's limit
-    assert ended.reason.startswith("stopped by SIGUSR2, SIGINT; the workers did not leave in time")
+    assert ended.reason.startswith("stopped by SIGUSR2, SIGINT; the workers were ended")
     wait_until(lambda: processes.start_ticks(controller(submitted)) is None, "the end of the controller")
 
 

@@ -119,7 +119,9 @@ def test_a_failing_import_ends_the_job_with_its_cause(
 ) -> None:
     run, job_id, ended = run_to_end(configure(mode, env={"STANDIN": "import"}))
     assert ended.state == "failed"
-    assert ended.reason.startswith("import error: ModuleNotFoundError: No module named 'no_such_module_anywhere'")
+    assert ended.reason.startswith(
+        "import error: ModuleNotFoundError: No module named 'no_such_module_anywhere'"
+    )
     assert "\n" not in ended.reason
     assert run.status() == ended
     assert slurm_cluster.wait_state(job_id, {"COMPLETED", "FAILED"}) == "FAILED"
@@ -223,7 +225,7 @@ def test_a_requeued_job_is_a_new_attempt(slurm_cluster: SlurmCluster, configure:
     run = submitted.run
     wait_until(lambda: len(reports(run)) == 4, "the start of all ranks")
     slurm_cluster.run("scontrol", "requeue", submitted.job_id)
-    wait_until(lambda: run.attempt(2).rendezvous_yaml.exists(), "the second attempt", timeout_s=90)
+    wait_until(run.attempt(2).rendezvous_yaml.exists, "the second attempt", timeout_s=90)
     facts = rundir.read_yaml(run.attempt(2).attempt_yaml)
     assert (facts["restarts"], facts["job_id"]) == (1, submitted.job_id)
     state = status.states([run])[0]

@@ -54,7 +54,10 @@ def main() -> int:
 def report(run: rundir.RunDir, rank: int) -> None:
     words = {name: os.environ.get(name) for name in REPORTED}
     words["host"] = socket.gethostname()
-    words["foreign"] = sorted(name for name in os.environ if name.startswith(("SLURM_", "PMI", "SUBMITIT_")))
+    prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI", "SUBMITIT_")
+    words["foreign"] = sorted(
+        name for name in os.environ if name.startswith(prefixes) and name != "SLURM_CONF"
+    )
     file = run.path / "report" / f"rank{rank}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(words))
