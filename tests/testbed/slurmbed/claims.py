@@ -27,8 +27,8 @@ def _try_lock(descriptor: int, kind: int) -> bool:
 
 
 @contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags, 0o644)
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         yield descriptor
     finally:
@@ -44,7 +44,7 @@ def exclusive(machine_dir: Path = MACHINE_DIR, timeout_s: float = LOCK_WAIT_S) -
     """
     machine_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     path = machine_dir / "lock"
-    with _opened(path, os.O_RDWR | os.O_CREAT) as lock:
+    with _opened(path) as lock:
         if not _try_lock(lock, fcntl.LOCK_EX):
             print("hpcsngd testbed: waiting for another invocation", file=sys.stderr)
             if not wait_for(lambda: _try_lock(lock, fcntl.LOCK_EX), timeout_s):
@@ -55,26 +55,25 @@ def exclusive(machine_dir: Path = MACHINE_DIR, timeout_s: float = LOCK_WAIT_S) -
 class Usage:
     """A session's claim on a running cluster, held until the session ends."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
 
     def is_last(self) -> bool:
         """Returns True if no other session uses the cluster; new ones then wait until this claim ends."""
-        return _try_lock(self._descriptor, fcntl.LOCK_EX)
+        return self._descriptor is not None and _try_lock(self._descriptor, fcntl.LOCK_EX)
 
 
 @contextmanager
 def usage(machine_dir: Path = MACHINE_DIR) -> Iterator[Usage]:
     """Claims the cluster for a session, together with others; waits while the last one takes it down.
 
-    Raises:
-        PermissionError: If nobody has claimed anything on this machine and this is not root.
+    Who is not root cannot take a cluster down; the claim is then an empty one that is never the last.
     """
-    flags = os.O_RDONLY
-    if os.geteuid() == 0:
-        machine_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        flags |= os.O_CREAT
-    with _opened(machine_dir / "users", flags) as lock:
+    if os.geteuid() != 0:
+        yield Usage(None)
+        return
+    machine_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with _opened(machine_dir / "users") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield Usage(lock)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from . import cluster
+from . import cluster, services
 from .errors import EXIT_NO_SLURM_HERE, EXIT_NOT_UP, EXIT_OK, TestbedError
 from .layout import DEFAULT_DIR, DEFAULT_NET, Layout, Shape
 
@@ -65,6 +65,7 @@ def _up(layout: Layout, wanted: dict[str, int]) -> int:
 
 
 def _status(layout: Layout) -> int:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "slurm status | head" is no error
     facts = cluster.read_facts(layout)
     names = facts.shape.node_names if facts else ()
     for daemon in cluster.daemons(layout, names):
@@ -74,8 +75,8 @@ def _status(layout: Layout) -> int:
         _say("not up")
         return EXIT_NOT_UP
     print(f"export SLURM_CONF={layout.slurm_conf}")
-    print(cluster.client(layout, "sinfo", "-N", "-p", "debug", "-o", "%N %t cpus=%c %G"), end="")
-    print(cluster.client(layout, "squeue"), end="")
+    print(services.client(layout, "sinfo", "-N", "-p", "debug", "-o", "%N %t cpus=%c %G"), end="")
+    print(services.client(layout, "squeue"), end="")
     return EXIT_OK
 
 

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from . import claims, config, network, packages
+from . import claims, config, network, packages, services
 from .config import Site
 from .errors import TestbedError
-from .layout import (
-    ACCOUNTING_PORT,
-    LOGIN_CONF,
-    NODE_PORT_BASE,
-    PROGRAM_PATH,
-    Layout,
-    Shape,
-    login_name,
-)
-from .processes import Daemon, wait_for
-
-SERVICES = ("munged", "mariadbd", "slurmdbd", "slurmctld")  # in starting order
-SYSTEM_TABLES = Path("/usr/share/mysql/mysql_system_tables.sql")
-DATABASE_OPTIONS = (
-    "--no-defaults",
-    "--user=root",
-    "--innodb-buffer-pool-size=32M",
-    "--innodb-log-file-size=16M",
-)
-# A node sees our configuration as /etc/slurm, whatever the machine has there: clients inside jobs find the
-# cluster even where the environment was cleaned and SLURM_CONF is lost.
-NODE_SETUP = (
-    'hostname "$1" && mount --bind "$2" /etc/hosts && mount --bind "$3" /etc/slurm && shift 3 && exec "$@"'
-)
+from .layout import LOGIN_CONF, PROGRAM_PATH, Layout, Shape, login_name
+from .processes import Daemon
 
 
 @dataclass(frozen=True)
@@ -55,15 +29,15 @@ def read_facts(layout: Layout) -> Facts | None:
     """Returns what ``up`` wrote when it was done, or None."""
     try:
         data = json.loads(layout.facts.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # not up, or killed while writing
         return None
     return Facts(Shape(**data["shape"]), data["network"])
 
 
 def daemons(layout: Layout, node_names: tuple[str, ...]) -> list[Daemon]:
     """Returns all daemons of a cluster in starting order."""
-    names = (*SERVICES, *(f"slurmd.{name}" for name in node_names))
-    return [_daemon(layout, name) for name in names]
+    names = (*services.SERVICES, *(f"slurmd.{name}" for name in node_names))
+    return [services.daemon(layout, name) for name in names]
 
 
 def running(layout: Layout) -> Facts | None:
@@ -71,7 +45,7 @@ def running(layout: Layout) -> Facts | None:
     facts = read_facts(layout)
     if facts is None or any(daemon.pid() is None for daemon in daemons(layout, facts.shape.node_names)):
         return None
-    return facts if _controller_answers(layout) else None
+    return facts if services.controller_answers(layout) else None
 
 
 def up(layout: Layout, wanted: Mapping[str, int]) -> tuple[Facts, bool]:
@@ -94,9 +68,6 @@ def up(layout: Layout, wanted: Mapping[str, int]) -> tuple[Facts, bool]:
         facts = running(layout)
         if facts is not None:
             _check_shape(facts.shape, wanted)
-            layout.by_tests.unlink(
-                missing_ok=True
-            )  # from now on it belongs to who called, not to a test session
             return facts, False
         packages.ensure_installed()
         _clear_other_owner(layout)
@@ -118,12 +89,15 @@ def down(layout: Layout) -> bool:
 
 def take_down(layout: Layout) -> bool:
     """Ends jobs, daemons, network and names, whole cluster or remains; returns whether there was anything."""
-    if _controller_answers(layout):
-        _cancel_all_jobs(layout)
+    if services.controller_answers(layout):
+        services.cancel_all_jobs(layout)
     layout.facts.unlink(missing_ok=True)
     names = {path.stem for path in layout.run.glob("*.pid")}
-    ordered = [*sorted(names.difference(SERVICES)), *(name for name in reversed(SERVICES) if name in names)]
-    stopped = [_daemon(layout, name).stop() for name in ordered]
+    ordered = [
+        *sorted(names.difference(services.SERVICES)),
+        *(name for name in reversed(services.SERVICES) if name in names),
+    ]
+    stopped = [services.daemon(layout, name).stop() for name in ordered]
     if claims.owner() in (None, layout.root):  # names and namespaces are per machine: perhaps not ours
         found = network.remove() if shutil.which("ip", path=PROGRAM_PATH) else False
         network.withdraw_names()
@@ -151,10 +125,6 @@ def _clear_other_owner(layout: Layout) -> None:
     take_down(remains)
 
 
-def _daemon(layout: Layout, name: str) -> Daemon:
-    return Daemon(name, layout.run, layout.log)
-
-
 def _start(layout: Layout, shape: Shape) -> Facts:
     _make_state_dir(layout, shape)
     network.check_free(layout)
@@ -165,8 +135,8 @@ def _start(layout: Layout, shape: Shape) -> Facts:
     site = Site(layout, shape, login_name(), "loopback" if refused else "netns")
     _write_files(site)
     network.publish_names(site)
-    _start_services(site)
-    _start_nodes(site)
+    services.start_services(site)
+    services.start_nodes(site)
     if not LOGIN_CONF.exists() and not LOGIN_CONF.is_symlink():
         LOGIN_CONF.symlink_to(layout.slurm_conf)
     facts = Facts(shape, site.network)
@@ -210,100 +180,6 @@ def _write_files(site: Site) -> None:
     for path, content in private.items():
         path.touch(mode=0o600)
         path.write_bytes(content)
-
-
-def _environment(layout: Layout) -> dict[str, str]:
-    # Nothing of the caller's environment: it may be a Slurm job or a test session itself.
-    return {
-        "PATH": PROGRAM_PATH,
-        "LC_ALL": "C",
-        "SLURM_CONF": str(layout.slurm_conf),
-        "MYSQL_UNIX_PORT": str(layout.database_socket),
-    }
-
-
-def _start_services(site: Site) -> None:
-    layout, env = site.layout, _environment(site.layout)
-
-    def start(name: str, argv: list[str], ready: Callable[[], bool]) -> None:
-        _daemon(layout, name).start(argv, env, ready)
-
-    key, seed = layout.root / "etc" / "munge.key", layout.run / "munge.seed"
-    munge = [f"--socket={layout.munge_socket}", f"--key-file={key}", f"--seed-file={seed}"]
-    munge += [f"--pid-file={layout.root}/spool/munged.pid", f"--log-file={layout.log}/munged.log"]
-    start("munged", ["munged", "--foreground", *munge], layout.munge_socket.is_socket)
-    database = [*DATABASE_OPTIONS, f"--datadir={layout.database}"]
-    _create_database(layout, ["mariadbd", *database])
-    # No accounts are checked: there is no port, and only root reaches the socket.
-    database += ["--skip-networking", "--skip-grant-tables", "--innodb-flush-log-at-trx-commit=0"]
-    database += [f"--socket={layout.database_socket}", f"--pid-file={layout.database}/mariadbd.pid"]
-    start("mariadbd", ["mariadbd", *database], layout.database_socket.is_socket)
-    # slurmctld gives up for good where its first start finds no slurmdbd.
-    start("slurmdbd", ["slurmdbd", "-D"], lambda: _accepts(site.login_address, ACCOUNTING_PORT))
-    start("slurmctld", ["slurmctld", "-D"], lambda: _controller_answers(layout))
-
-
-def _create_database(layout: Layout, server: list[str]) -> None:
-    # Bootstrap mode takes one statement per line end.
-    sql = "CREATE DATABASE mysql;\nCREATE DATABASE slurm_acct_db;\nUSE mysql;\n" + SYSTEM_TABLES.read_text()
-    # It has no pid file; so that it cannot outlive a killed "up", it ends with us.
-    bootstrap = ["setpriv", "--pdeathsig", "KILL", *server, "--bootstrap"]
-    output = layout.log / "bootstrap.out"
-    with output.open("wb") as sink:
-        done = subprocess.run(
-            bootstrap, input=sql.encode(), stdout=sink, stderr=sink, env=_environment(layout), check=False
-        )
-    if done.returncode != 0:
-        raise TestbedError(f"mariadbd cannot make a database; see {output}")
-
-
-def _start_nodes(site: Site) -> None:
-    layout = site.layout
-    for index, name in enumerate(site.shape.node_names, start=1):
-        address, port = site.node_address(index), NODE_PORT_BASE + index
-        argv = ["slurmd", "-D", "-N", name]
-        if site.network == "netns":
-            # Not "ip netns exec": it mounts a new /sys, without the cgroups that slurmd looks for.
-            enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount"]
-            argv = [*enter, "sh", "-c", NODE_SETUP, "sh", name, str(layout.hosts), str(layout.etc), *argv]
-        ready = functools.partial(_accepts, address, port)
-        _daemon(layout, f"slurmd.{name}").start(argv, _environment(layout), ready)
-    if not wait_for(lambda: _idle_nodes(layout) == site.shape.nodes, timeout_s=30):
-        raise TestbedError(f"not all of {', '.join(site.shape.node_names)} became idle; see {layout.log}")
-
-
-def _accepts(address: str, port: int) -> bool:
-    try:
-        with socket.create_connection((address, port), timeout=1):
-            return True
-    except OSError:
-        return False
-
-
-def client(layout: Layout, *argv: str, timeout_s: float = 10) -> str:
-    """Runs one of Slurm's client programs; returns what it prints, or nothing if it fails."""
-    try:
-        done = subprocess.run(
-            argv, env=_environment(layout), capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def _controller_answers(layout: Layout) -> bool:
-    return "is UP" in client(layout, "scontrol", "ping") if layout.slurm_conf.exists() else False
-
-
-def _idle_nodes(layout: Layout) -> int:
-    return len(client(layout, "sinfo", "-h", "-N", "-p", "debug", "-t", "idle", "-o", "%N").split())
-
-
-def _cancel_all_jobs(layout: Layout) -> None:
-    ids = client(layout, "squeue", "-h", "-o", "%A").split()
-    if ids:
-        client(layout, "scancel", *sorted(set(ids)))
-        wait_for(lambda: not client(layout, "squeue", "-h").strip(), timeout_s=20)
 
 
 def _is_our_link(layout: Layout) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import TestbedError
+from .errors import UsageError
 
 BRIDGE = "hpcsngd-br"
 CONTROLLER_PORT = 26817
@@ -51,7 +51,7 @@ class Shape:
         for name, low, high in (("nodes", 1, MAX_NODES), ("cpus", 1, 1024), ("gpus", 0, 64)):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise TestbedError(f"--{name} {value}: allowed are {low} to {high}")
+                raise UsageError(f"--{name} {value}: allowed are {low} to {high}")
 
     def __str__(self) -> str:
         return f"nodes={self.nodes} cpus={self.cpus} gpus={self.gpus}"
@@ -76,12 +76,10 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\d{1,3}(\.\d{1,3}){2}", self.net):
-            raise TestbedError(
-                f"HPCSNGD_TESTBED_NET={self.net}: three bytes are needed, such as {DEFAULT_NET}"
-            )
+            raise UsageError(f"HPCSNGD_TESTBED_NET={self.net}: three bytes are needed, such as {DEFAULT_NET}")
         if not self.root.is_absolute() or re.search(r"[^\w./+-]", str(self.root)):
             # slurm.conf has no quoting, and % and spaces mean something in it
-            raise TestbedError(
+            raise UsageError(
                 f"HPCSNGD_TESTBED_DIR={self.root}: an absolute path of plain characters is needed"
             )
 

@@ -75,11 +75,13 @@ class Daemon:
                 argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=env, start_new_session=True
             )
         self.pid_file.write_text(f"{process.pid} {start_time(process.pid) or 0}\n")
-        if not wait_for(lambda: process.poll() is not None or ready(), timeout_s):
+        in_time = wait_for(lambda: process.poll() is not None or ready(), timeout_s)
+        ended = process.returncode
+        process.returncode = ended or 0  # it outlives us on purpose: Popen must not warn that it still runs
+        if ended is not None:
+            raise TestbedError(f"{self.name} ended with {ended}; see {self._tail(output)}")
+        if not in_time:
             raise TestbedError(f"{self.name} is not ready after {timeout_s:.0f} s; see {self._tail(output)}")
-        if process.returncode is not None:
-            raise TestbedError(f"{self.name} ended with {process.returncode}; see {self._tail(output)}")
-        process.returncode = 0  # it outlives us on purpose: no "still running" warning when Popen is deleted
 
     def stop(self, timeout_s: float = 20) -> bool:
         """Ends the daemon, by force after ``timeout_s`` seconds; returns whether it was running."""
