@@ -106,8 +106,9 @@ def _fits(row: Limit, nodes: int, walltime_min: int, queue: str | None) -> bool:
 
 
 def _row(row: Limit) -> str:
-    nodes = f"{row.min_nodes}-{row.max_nodes}" if row.min_nodes < row.max_nodes else str(row.max_nodes)
-    return f"{nodes} node(s) up to {row.max_walltime}" + (f" in {row.queue}" if row.queue else "")
+    """Returns a row as the site file has it."""
+    written = row.model_dump(exclude_defaults=True)
+    return "{" + ", ".join(f"{key}: {value}" for key, value in written.items()) + "}"
 
 
 def _architecture(resolved: Resolved, host: Host) -> Iterator[str]:

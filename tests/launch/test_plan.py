@@ -96,7 +96,8 @@ def test_options_win_and_false_removes(configure: Configure, host: Host) -> None
 def test_limits_are_refused_with_every_row_and_its_place(configure: Configure, host: Host) -> None:
     text = refusal(configure, host, SLURM_SITE, nodes=8, walltime="01:00:00")
     assert "8 node(s) for 01:00:00 in gpu fits no row" in text
-    assert "1-4 node(s) up to 02:00:00 in gpu; 5-16 node(s) up to 00:30:00 in gpu" in text
+    assert "{max_nodes: 4, max_walltime: 02:00:00, queue: gpu}; {max_nodes: 16" in text
+    assert "max_walltime: 00:30:00, min_nodes: 5, queue: gpu}" in text
     assert "testsite.yaml:" in text
     assert plan.make(configure(SLURM_SITE, nodes=8, walltime="30m"), host=host).nodes == 8
 

@@ -117,7 +117,7 @@ def test_words_that_name_no_job_are_a_failure(configure: Configure, path: Path, 
 
 def test_limits_refuse_before_sbatch_is_called(configure: Configure, path: Path, tmp_path: Path) -> None:
     program(path, "sbatch", ACCEPT)
-    with pytest.raises(PreflightError, match="1-4 node"):
+    with pytest.raises(PreflightError, match="max_nodes: 4, max_walltime: 02:00:00"):
         submit.submit(configure(SITE, nodes=5), argv=[])
     assert not (path / "sbatch.script").exists()
     assert not (tmp_path / "runs").exists()
