@@ -20,7 +20,7 @@ from hpcsngd.launch import status, submit
 from .conftest import STANDIN, Configure, reports
 
 if TYPE_CHECKING:
-    from testbed.plugin import SlurmCluster
+    from tests.testbed.plugin import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm_cluster")]
 

@@ -73,7 +73,11 @@ def meet(attempt: rundir.Attempt, rank: int) -> int:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except RuntimeError as error:
+        attempt.write_fault(rundir.Fault("rendezvous", str(error), socket.gethostname(), rank=rank))
+        raise
     total = torch.tensor([float(rank)])
     dist.all_reduce(total)
     dist.barrier()
