@@ -1,0 +1,70 @@
+"""What every preconditioner can do, and hyper-parameters that follow the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from hpcsngd.optim.records import StepRecord
+
+#: A hyper-parameter: a number, or a function of the preconditioner's step (0 for the first).
+Schedule: TypeAlias = "float | Callable[[int], float]"
+
+
+def value_at(schedule: Schedule, step: int) -> float:
+    """Returns the schedule's value at ``step``."""
+    return float(schedule(step)) if callable(schedule) else float(schedule)
+
+
+class Preconditioner(ABC):
+    """Rewrites gradients between ``loss.backward()`` and ``optimizer.step()``; owns no update of its own.
+
+    ::
+
+        preconditioner = HyLo(model, damping=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ...
+        loss.backward()
+        preconditioner.step()
+        optimizer.step()
+
+    Weight decay, momentum, clipping and learning rates belong to the optimizer. Save state between ``step()``
+    and the next forward pass: what is captured in between is not part of it.
+
+    Attributes:
+        skipped: module name -> why its parameters keep their plain gradient.
+    """
+
+    skipped: Mapping[str, str]
+
+    @abstractmethod
+    def step(self, sample_scale: float | None = None, grad_scale: float = 1.0) -> None:
+        """Overwrites ``.grad`` of the covered parameters by the preconditioned gradient.
+
+        Args:
+            sample_scale: captured output gradients times this are the gradients of each sample's own loss;
+                default: derived from the loss reduction and the number of samples.
+            grad_scale: the factor of a gradient scaler that captured output gradients still carry; ``.grad``
+                must already be unscaled.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Returns tensors, numbers and strings (``weights_only=True`` loads them), alike on every rank."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from ``state``, also on another number of ranks.
+
+        Raises:
+            ValueError: the state belongs to another method, version or model.
+        """
+
+    @abstractmethod
+    def diagnostics(self) -> StepRecord:
+        """Returns the record of the latest step."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Removes every hook: the model is as before. Further steps raise RuntimeError."""

@@ -1,0 +1,73 @@
+"""Exchange of rows between ranks, fused into few collectives whose bytes are counted.
+
+Bytes are the payload that one rank hands to a collective, padding included. On one rank nothing is exchanged
+and nothing is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hpcsngd import dist
+
+
+class Communicator:
+    """Collectives of a preconditioner, counted by phase and operation."""
+
+    def __init__(self) -> None:
+        self._traffic: dict[tuple[str, str], tuple[int, int]] = {}
+
+    @property
+    def rank(self) -> int:
+        """Returns this process's rank."""
+        return dist.rank()
+
+    def take_traffic(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Returns ``(phase, op) -> (calls, bytes)`` since the last call, and starts over."""
+        traffic, self._traffic = self._traffic, {}
+        return traffic
+
+    def gather_numbers(self, phase: str, numbers: Sequence[int]) -> list[list[int]]:
+        """Returns every rank's numbers, in rank order; equally many on every rank."""
+        local = torch.tensor(numbers, dtype=torch.int64)
+        return [part.tolist() for part in self._all_gather(phase, local, [len(numbers)] * dist.world_size())]
+
+    def sum_numbers(self, phase: str, numbers: Sequence[int]) -> list[int]:
+        """Returns the element-wise sum over the ranks."""
+        local = torch.tensor(numbers, dtype=torch.int64)
+        self._count(phase, "all_reduce", local.nbytes)
+        total: list[int] = dist.all_reduce_sum(local).tolist()
+        return total
+
+    def join_rows(self, phase: str, tensors: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Returns each tensor joined along its first dimension over the ranks, in rank order.
+
+        Args:
+            phase: what the bytes are counted for.
+            tensors: this rank's parts, shape ``(rows, ...)``, equal dtype; the same list on every rank apart
+                from the number of rows. All travel in one collective.
+            rows: for every rank, the rows of each of its parts.
+        """
+        if dist.world_size() == 1 or not tensors:
+            return list(tensors)
+        widths = [tensor.shape[1:].numel() for tensor in tensors]
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        counts = [[n * width for n, width in zip(of_rank, widths, strict=True)] for of_rank in rows]
+        gathered = self._all_gather(phase, flat, [sum(of_rank) for of_rank in counts])
+        split = [torch.split(part, of_rank) for part, of_rank in zip(gathered, counts, strict=True)]
+        return [
+            torch.cat([parts[index] for parts in split]).reshape(-1, *tensor.shape[1:])
+            for index, tensor in enumerate(tensors)
+        ]
+
+    def _all_gather(self, phase: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        self._count(phase, "all_gather", max(sizes) * tensor.element_size())
+        return dist.all_gather_rows(tensor, sizes)
+
+    def _count(self, phase: str, op: str, size_bytes: int) -> None:
+        if dist.world_size() > 1:
+            calls, total = self._traffic.get((phase, op), (0, 0))
+            self._traffic[phase, op] = (calls + 1, total + size_bytes)

@@ -1,0 +1,87 @@
+"""Measurements that a preconditioner makes on request: spectra, gradient norms, errors of an approximation.
+
+Nothing is computed for what was not asked for. Numbers stay on the device until they are taken, so that a
+step is not interrupted once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hpcsngd import dist
+from hpcsngd.optim.linalg import spectrum_summary
+from hpcsngd.optim.records import GradError, GradNorm, RankAnalysis
+
+Observable = Literal["rank_analysis", "grad_norm", "grad_error"]
+
+#: Share of the sum of singular values that a kernel's low_rank must reach (HyLo, figure on the rank of K).
+SHARE = 0.9
+
+
+class Observer:
+    """Collects what was asked for during one step.
+
+    Args:
+        what: any of ``rank_analysis``, ``grad_norm``, ``grad_error``.
+        method: named in the error records.
+
+    Raises:
+        ValueError: an unknown name in ``what``.
+    """
+
+    def __init__(self, what: Collection[str], method: str) -> None:
+        unknown = sorted(set(what) - set(get_args(Observable)))
+        if unknown:
+            raise ValueError(f"observe={unknown}: allowed are {', '.join(get_args(Observable))}")
+        self._what = frozenset(what)
+        self._method = method
+        self._spectra: list[tuple[str, Tensor, float]] = []
+        self._norms: dict[str, Tensor] = {}
+        self._errors: dict[str, Tensor] = {}
+
+    @property
+    def wants_exact(self) -> bool:
+        """Returns whether the exact result is needed beside the approximate one."""
+        return "grad_error" in self._what
+
+    def kernel(self, layer: str, kernel: Tensor, damping: float) -> None:
+        """Notes the spectrum of ``K/n`` at a refresh; on rank 0, since every rank has the same kernel."""
+        if "rank_analysis" in self._what and dist.rank() == 0:
+            self._spectra.append((layer, torch.linalg.eigvalsh(kernel), damping))
+
+    def gradient(self, layer: str, grad: Tensor) -> None:
+        """Notes the norm of a gradient before preconditioning."""
+        if "grad_norm" in self._what:
+            self._norms[layer] = grad.norm()
+
+    def error(self, layer: str, result: Tensor, exact: Tensor) -> None:
+        """Notes how far a preconditioned gradient is from the exact one."""
+        relative = (result - exact).norm() / exact.norm()
+        cosine = (result * exact).sum() / (result.norm() * exact.norm())
+        self._errors[layer] = torch.stack([relative, cosine])
+
+    def take_rank_analysis(self, step: int) -> tuple[RankAnalysis, ...]:
+        """Returns the spectra noted since the last call."""
+        spectra, self._spectra = self._spectra, []
+        return tuple(
+            RankAnalysis(step, layer, len(values), SHARE, *spectrum_summary(values, SHARE), damping)
+            for layer, values, damping in spectra
+        )
+
+    def take_grad_norm(self, step: int) -> tuple[GradNorm, ...]:
+        """Returns the norms noted since the last call."""
+        norms, self._norms = self._norms, {}
+        values = torch.stack(list(norms.values())).tolist() if norms else []
+        return tuple(GradNorm(step, layer, norm) for layer, norm in zip(norms, values, strict=True))
+
+    def take_grad_error(self, step: int) -> tuple[GradError, ...]:
+        """Returns the errors noted since the last call."""
+        errors, self._errors = self._errors, {}
+        values = torch.stack(list(errors.values())).tolist() if errors else []
+        return tuple(
+            GradError(step, layer, self._method, *pair) for layer, pair in zip(errors, values, strict=True)
+        )
