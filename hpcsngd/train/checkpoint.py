@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +49,14 @@ class Loaded:
     world_size: int
     common: dict[str, Any]
     own: dict[str, Any] | None
+
+
+class _Choice(NamedTuple):
+    """The checkpoint to load: its step and number of ranks (0: there is none), or why none can be."""
+
+    step: int = 0
+    world_size: int = 0
+    problem: str = ""
 
 
 class Checkpoints:
@@ -98,17 +106,16 @@ class Checkpoints:
             CheckpointError: there are checkpoints, but all are damaged.
         """
         found = dist.broadcast_object(self._newest_valid() if dist.rank() == 0 else None)
-        if isinstance(found, str):
-            raise CheckpointError(found)
-        if found is None:
+        if found.problem:
+            raise CheckpointError(found.problem)
+        if not found.world_size:
             return None
-        step, world_size = found
-        folder = self._folder / f"{_PREFIX}{step}"
+        folder = self._folder / f"{_PREFIX}{found.step}"
         own = None
-        if world_size == dist.world_size():
+        if found.world_size == dist.world_size():
             # random streams live on the CPU
             own = _read(folder / _own_file(dist.rank()), torch.device("cpu"))
-        return Loaded(step, world_size, _read(folder / COMMON, device), own)
+        return Loaded(found.step, found.world_size, _read(folder / COMMON, device), own)
 
     def _publish(self, temporary: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
         manifest = {"schema": SCHEMA, "step": step, "world_size": dist.world_size(), "files": files}
@@ -134,23 +141,19 @@ class Checkpoints:
         folders = [path for path in self._folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
         return sorted(folders, key=_step_of, reverse=True)
 
-    def _newest_valid(self) -> tuple[int, int] | str | None:
-        """Returns (step, world size) of the newest valid checkpoint, what is wrong with all, or None."""
-        folders = self._by_age()
+    def _newest_valid(self) -> _Choice:
         problems: list[str] = []
-        for folder in folders:
+        for folder in self._by_age():
             problem, manifest = _verify(folder)
             if not problem:
                 for damaged in problems:
                     log.warning("checkpoint %s; resuming from %s instead", damaged, folder.name)
-                return int(manifest["step"]), int(manifest["world_size"])
+                return _Choice(int(manifest["step"]), int(manifest["world_size"]))
             problems.append(problem)
         if problems:
-            return (
-                f"every checkpoint in {self._folder} is damaged ({'; '.join(problems)}); "
-                "remove the folder to start over"
-            )
-        return None
+            what = f"every checkpoint in {self._folder} is damaged ({'; '.join(problems)})"
+            return _Choice(problem=f"{what}; remove the folder to start over")
+        return _Choice()
 
 
 def _verify(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a worker's failure is called. Needed when torch cannot be imported, so it goes by names, not classes."""
+"""What a worker's failure is called. Goes by names of classes: torch may be what cannot be imported."""
 
 from __future__ import annotations
 

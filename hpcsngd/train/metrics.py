@@ -153,7 +153,11 @@ class Recorder:
             self._put("grad_norm", **self._place(step), layer=layer, norm=norm)
 
     def phases(self, step: int, seconds: Mapping[str, float], *, refresh: bool) -> None:
-        """Writes rows of this rank's profiling file."""
+        """Writes rows of this rank's profiling file.
+
+        Phase ``capture`` is work of the preconditioner's hooks and lies within forward and backward, whose
+        seconds include it; all other phases are disjoint.
+        """
         for phase, value in seconds.items():
             self._put(
                 "profiling",

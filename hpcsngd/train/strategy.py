@@ -35,8 +35,9 @@ class Strategy(Protocol):
 class DDPStrategy:
     """Synchronous data parallelism by torch's DistributedDataParallel; on one rank the model itself.
 
-    Buffers: rank 0's are broadcast before each synchronized forward pass (torch's default), so batch norm
-    computes with the statistics of each rank's own micro-batch and keeps running statistics of rank 0.
+    Buffers: rank 0's are broadcast before each synchronized forward pass. That is torch's default and left at
+    that, because the argument changed its name. So batch norm computes with the statistics of each rank's own
+    micro-batch, and its running statistics are those of rank 0.
 
     Order: DDP is wrapped around the bare model and rehearsed *before* a preconditioner attaches its hooks, so
     that these never see the rehearsal.
@@ -53,7 +54,7 @@ class DDPStrategy:
         if dist.world_size() == 1:
             return model
         self._gpus = [device] if device.type == "cuda" else []
-        self._wrapped = DistributedDataParallel(model, device_ids=self._gpus or None, broadcast_buffers=True)
+        self._wrapped = DistributedDataParallel(model, device_ids=self._gpus or None)
         return self._wrapped
 
     def settle(self, rehearsal: Callable[[], Tensor]) -> None:
