@@ -27,12 +27,13 @@ log = logging.getLogger(__name__)
 _REHEARSAL_BATCH = 2
 
 
-def train(run: RunDir, attempt: int, *, started: float) -> bool:
-    """Trains a run to its end, from its newest checkpoint if it has one.
+def train(run: RunDir, attempt: int, device: torch.device, *, started: float) -> bool:
+    """Trains a run to its end, from its newest checkpoint if it has one; the ranks have met before.
 
     Args:
         run: the run.
         attempt: number of this attempt.
+        device: where this rank computes.
         started: reading of ``time.monotonic`` when the worker started.
 
     Returns:
@@ -43,8 +44,6 @@ def train(run: RunDir, attempt: int, *, started: float) -> bool:
     """
     resolved = resolve.from_record(run.record()["config"])
     config = resolved.experiment
-    device = devices.choose_device()
-    devices.join_ranks(device)
     if config.deterministic:
         devices.use_deterministic_operations()
     splits = data.load(config.data, resolved.site.data_root)
@@ -84,9 +83,8 @@ def train(run: RunDir, attempt: int, *, started: float) -> bool:
     if is_finished and dist.rank() == 0:
         result = _result(config, progress, parts.model) | {"wall_s": recorder.wall_s}
         rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
-    # Nobody leaves while another communicates. After an error nobody waits: the caller ends the process.
+    # nobody ends while another still communicates
     dist.barrier()
-    dist.shutdown()
     return is_finished
 
 

@@ -58,9 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(run: rundir.RunDir, attempt: int, started: float) -> bool:
-    from hpcsngd.train import session
+    from hpcsngd import dist
+    from hpcsngd.train import devices, session
 
-    return session.train(run, attempt, started=started)
+    device = devices.choose_device()
+    devices.join_ranks(device)
+    is_finished = session.train(run, attempt, device, started=started)
+    # Not after an error: leaving the group would wait for ranks that wait for this one.
+    dist.shutdown()
+    return is_finished
 
 
 def _configure_logging(rank: int) -> None:
