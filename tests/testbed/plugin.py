@@ -58,9 +58,9 @@ class SlurmCluster:
             return subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired as late:
             # In text mode, too, Python gives the output so far as bytes.
-            parts = [part for part in (late.stdout, late.stderr) if part]
+            parts: list[str | bytes] = [part for part in (late.stdout, late.stderr) if part]
             output = "".join(
-                part if isinstance(part, str) else part.decode(errors="replace") for part in parts
+                part.decode(errors="replace") if isinstance(part, bytes) else part for part in parts
             )
             message = f"{' '.join(argv)}: still running after {timeout_s:.0f} s\n{output}{self._situation()}"
             raise AssertionError(message) from late
@@ -171,5 +171,5 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         if os.environ.get("HPCSNGD_TESTBED_KEEP") == "1":
             layout.by_tests.unlink(missing_ok=True)  # from now on it is the user's
         if layout.by_tests.exists() and usage.is_last():
-            down = run_script("down")
+            down = run_script("down", "--force")  # the claim that it would respect is ours
             assert down.returncode == EXIT_OK, down.stderr

@@ -147,7 +147,7 @@ def test_a_request_within_the_partition_runs(slurm_cluster: SlurmCluster) -> Non
 
 def test_kill_on_bad_exit_ends_the_other_tasks(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     begin = time.monotonic()
-    # The bad exit waits for the other task: Slurm's kill is lost on a node that has not launched its task yet.
+    # The bad exit waits for the other task: the kill is lost on a node that has not launched its task yet.
     wait = f"until [ -e {tmp_path}/started ]; do sleep 0.1; done"
     task = f"[ $SLURM_PROCID = 1 ] && {{ {wait}; exit 9; }}; touch {tmp_path}/started; sleep 60"
     error = refused(slurm_cluster, "srun", "-N2", "--kill-on-bad-exit=1", "sh", "-c", task)
@@ -180,7 +180,8 @@ def test_a_high_job_preempts_and_sends_the_signal(slurm_cluster: SlurmCluster, t
     low = slurm_cluster.submit(
         node, "--exclusive", "--signal=B:USR2@30", f"--output={output}", command=command
     )
-    wait_text(output, "ready")
+    # Alone on its node, ours is the only job that can be preempted; another session's may have to end first.
+    wait_text(output, "ready", timeout_s=120)
     high = slurm_cluster.submit(node, "--exclusive", "--partition=high", command="true")
     wait_text(output, "signalled", timeout_s=20)
     assert slurm_cluster.wait_state(high, {"COMPLETED"}) == "COMPLETED"
@@ -206,6 +207,12 @@ def test_status_of_a_running_cluster_is_0(slurm_cluster: SlurmCluster) -> None:
     assert done.returncode == 0
     assert "stopped" not in done.stdout
     assert all(f"slurmd.{name}" in done.stdout for name in slurm_cluster.nodes)
+
+
+def test_down_refuses_while_a_session_uses_the_cluster(slurm_cluster: SlurmCluster) -> None:
+    done = run_script("down")
+    assert (done.returncode, "test sessions are using the cluster" in done.stderr) == (1, True)
+    assert slurm_cluster.run("srun", "-N1", "echo", "still here") == "still here\n"
 
 
 def test_another_shape_or_directory_does_not_replace_it(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
