@@ -33,7 +33,7 @@ def progress(title: str, epochs: int, *, quiet: bool) -> Iterator[Update]:
 
 
 class _Lines:
-    """One line per change of state and per finished epoch, for logs and pipes."""
+    """One line per change of state and per finished epoch, for logs and pipes; the end is told by others."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
@@ -41,7 +41,7 @@ class _Lines:
 
     def __call__(self, state: RunState) -> None:
         now = (state.state, int(state.epoch or 0))
-        if now == self._seen:
+        if now == self._seen or state.has_ended:
             return
         self._seen = now
         click.echo(f"{state.state}: {_facts(state, self._epochs)}", err=True)

@@ -24,6 +24,8 @@ from hpcsngd.launch import environment
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.slurm import command_output
 
+STRAGGLER_WAIT_S = 60
+"""After the first agent has ended, srun gives the others this long."""
 _DIRECTIVE = re.compile(r"#SBATCH --(?P<name>[A-Za-z0-9-]+)(=|$)")
 
 
@@ -129,9 +131,10 @@ def _parameters(plan: Plan) -> dict[str, Any]:
 def srun_args(plan: Plan) -> list[str]:
     """Returns the words for srun: end the job when one agent fails, and the cores, which it forgets.
 
-    Slurm 22.05 to 23.02 does not hand ``--cpus-per-task`` from sbatch to srun.
+    Slurm 22.05 to 23.02 does not hand ``--cpus-per-task`` from sbatch to srun. 22.05 also loses the kill on a
+    node that has not launched its task yet; ``--wait`` then ends the step.
     """
     cores = plan.cpus_per_agent
     is_skipped = "cpus-per-task" in plan.skip_options
     restated = [f"--cpus-per-task={cores}"] if cores and not is_skipped else []
-    return ["--kill-on-bad-exit=1", *restated, *plan.launch_args]
+    return ["--kill-on-bad-exit=1", f"--wait={STRAGGLER_WAIT_S}", *restated, *plan.launch_args]

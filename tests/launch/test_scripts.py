@@ -128,7 +128,12 @@ def test_srun_restates_the_cores_and_ends_the_job_with_its_first_failure(
     configure: Configure, fixed_python: Host
 ) -> None:
     made = plan.make(configure(CLUSTER, nodes=2, gpus_per_node=4, ranks_per_node=4), host=fixed_python)
-    assert executors.srun_args(made) == ["--kill-on-bad-exit=1", "--cpus-per-task=32", "--cpu-bind=cores"]
+    assert executors.srun_args(made) == [
+        "--kill-on-bad-exit=1",
+        "--wait=60",
+        "--cpus-per-task=32",
+        "--cpu-bind=cores",
+    ]
     skipping = dataclasses.replace(made, skip_options=("cpus-per-task",))
     assert "--cpus-per-task=32" not in executors.srun_args(skipping)
 
