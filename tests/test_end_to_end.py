@@ -57,7 +57,7 @@ def test_submit_and_wait_end_with_accuracy_time_run_and_report(finished) -> None
     assert f"run directory: {run.path}" in lines
     assert f"report: {run.report_html}" in lines
     assert run.report_html.stat().st_size > 1_000_000  # plotly is inside
-    assert "epoch 2.0/2" in done.stderr  # lines where there is no terminal
+    assert "running: epoch" in done.stderr  # lines where there is no terminal
 
 
 def test_the_run_directory_holds_what_the_contract_says(finished) -> None:
@@ -70,7 +70,7 @@ def test_the_run_directory_holds_what_the_contract_says(finished) -> None:
     assert "Total params" in run.summary_txt.read_text()
     evaluations = list(rundir.read_rows(run.metrics("eval"), TABLES["eval"]))
     assert [row["epoch"] for row in evaluations] == [1.0, 2.0]
-    assert {row["count"] for row in evaluations} == {360}
+    assert {row["count"] for row in evaluations} == {359}  # each test digit once, though two ranks share them
     assert list(rundir.read_rows(run.metrics("train"), TABLES["train"]))[-1]["samples"] == 512
     assert (run.checkpoints_dir / "latest").exists()
 

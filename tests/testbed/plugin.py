@@ -48,13 +48,30 @@ class SlurmCluster:
     conf: Path
     network: str
 
-    def run(self, *argv: str, timeout_s: float = 60) -> str:
-        """Runs a client program such as ``srun``; returns what it prints.
+    def call(self, *argv: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        """Runs a client program such as ``srun``; the exit code is the caller's to judge.
 
         Raises:
-            AssertionError: If it fails; the message has its output.
+            AssertionError: If it takes too long; the message has its output, and what Slurm is doing.
         """
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+        try:
+            return subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+        except subprocess.TimeoutExpired as late:
+            # In text mode, too, Python gives the output so far as bytes.
+            parts: list[str | bytes] = [part for part in (late.stdout, late.stderr) if part]
+            output = "".join(
+                part.decode(errors="replace") if isinstance(part, bytes) else part for part in parts
+            )
+            message = f"{' '.join(argv)}: still running after {timeout_s:.0f} s\n{output}{self._situation()}"
+            raise AssertionError(message) from late
+
+    def run(self, *argv: str, timeout_s: float = 60) -> str:
+        """Runs a client program; returns what it prints.
+
+        Raises:
+            AssertionError: If it fails or takes too long; the message has its output.
+        """
+        done = self.call(*argv, timeout_s=timeout_s)
         words = " ".join(argv)
         assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -89,18 +106,23 @@ class SlurmCluster:
         """Waits until a job is in one of ``states``; returns the state.
 
         Raises:
-            TimeoutError: If it is not within ``timeout_s`` seconds; the message has sacct's rows.
+            TimeoutError: If it is not within ``timeout_s`` seconds; the message has the queue.
         """
         end = time.monotonic() + timeout_s
         while (state := self.state(job_id)) not in states:
             if time.monotonic() > end:
                 wanted = " or ".join(sorted(states))
-                raise TimeoutError(
-                    f"job {job_id} is {state or 'unknown'}, not {wanted}, after {timeout_s:.0f} s\n"
-                    + self.run("sacct", "-j", job_id, "-o", "JobID,State,ExitCode,Reason,NodeList")
-                )
+                message = f"job {job_id} is {state or 'unknown'}, not {wanted}, after {timeout_s:.0f} s"
+                raise TimeoutError(f"{message}\n{self._situation()}")
             time.sleep(0.2)
         return state
+
+    def _situation(self) -> str:
+        commands = (("squeue", "-t", "all"), ("squeue", "-s"), ("sinfo", "-N", "-p", "debug"))
+        return "\n".join(
+            subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False).stdout
+            for argv in commands
+        )
 
 
 def require_slurm(up: subprocess.CompletedProcess[str], env: Mapping[str, str]) -> None:
@@ -149,5 +171,5 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         if os.environ.get("HPCSNGD_TESTBED_KEEP") == "1":
             layout.by_tests.unlink(missing_ok=True)  # from now on it is the user's
         if layout.by_tests.exists() and usage.is_last():
-            down = run_script("down")
+            down = run_script("down", "--force")  # the claim that it would respect is ours
             assert down.returncode == EXIT_OK, down.stderr

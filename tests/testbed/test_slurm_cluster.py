@@ -25,9 +25,9 @@ def own_network(slurm_cluster: SlurmCluster) -> SlurmCluster:
     return slurm_cluster
 
 
-def refused(*argv: str) -> str:
+def refused(slurm_cluster: SlurmCluster, *argv: str) -> str:
     """Runs a command that has to fail; returns its error output."""
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    done = slurm_cluster.call(*argv)
     assert done.returncode != 0, f"accepted: {done.stdout}"
     return done.stderr
 
@@ -91,7 +91,7 @@ def test_gpus_are_counted_and_numbered(slurm_cluster: SlurmCluster) -> None:
         "srun", "-N2", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES"
     ).split()
     assert visible == ["0,1", "0,1"]
-    assert "not available" in refused("srun", "--gpus-per-node=65", "true")
+    assert "not available" in refused(slurm_cluster, "srun", "--gpus-per-node=65", "true")
 
 
 # States
@@ -121,6 +121,11 @@ def test_waiting_in_vain_says_what_slurm_knows(slurm_cluster: SlurmCluster) -> N
     slurm_cluster.run("scancel", job)
 
 
+def test_a_command_that_hangs_shows_its_output_and_the_queue(slurm_cluster: SlurmCluster) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)still running after 0 s.*half a line.*NODELIST"):
+        slurm_cluster.call("sh", "-c", "printf 'half a line'; exec sleep 60", timeout_s=0.3)
+
+
 # Limits, signals, requeue
 
 
@@ -132,8 +137,7 @@ def test_waiting_in_vain_says_what_slurm_knows(slurm_cluster: SlurmCluster) -> N
 def test_requests_beyond_a_partition_are_refused(
     slurm_cluster: SlurmCluster, options: tuple[str, ...]
 ) -> None:
-    assert slurm_cluster.conf.exists()
-    error = refused("sbatch", "--partition=short", *options, "--wrap=true")
+    error = refused(slurm_cluster, "sbatch", "--partition=short", *options, "--wrap=true")
     assert re.search("node count specification invalid|time limit is invalid", error, re.IGNORECASE)
 
 
@@ -142,18 +146,19 @@ def test_a_request_within_the_partition_runs(slurm_cluster: SlurmCluster) -> Non
     assert slurm_cluster.wait_state(job, {"COMPLETED"}) == "COMPLETED"
 
 
-def test_kill_on_bad_exit_ends_the_other_tasks(slurm_cluster: SlurmCluster) -> None:
+def test_kill_on_bad_exit_ends_the_other_tasks(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     begin = time.monotonic()
-    task = "[ $SLURM_PROCID = 1 ] && exit 9; sleep 60"
-    error = refused("srun", "-N2", "--kill-on-bad-exit=1", "sh", "-c", task)
+    # The bad exit waits for the other task: the kill is lost on a node that has not launched its task yet.
+    wait = f"until [ -e {tmp_path}/started ]; do sleep 0.1; done"
+    task = f"[ $SLURM_PROCID = 1 ] && {{ {wait}; exit 9; }}; touch {tmp_path}/started; sleep 60"
+    error = refused(slurm_cluster, "srun", "-N2", "--kill-on-bad-exit=1", "sh", "-c", task)
     assert "Exited with exit code 9" in error
     assert time.monotonic() - begin < 30
 
 
 def test_without_it_the_other_tasks_go_on(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    assert slurm_cluster.nodes
     task = f"[ $SLURM_PROCID = 1 ] && exit 9; sleep 3; touch {tmp_path}/went-on"
-    refused("srun", "-N2", "sh", "-c", task)
+    refused(slurm_cluster, "srun", "-N2", "sh", "-c", task)
     assert (tmp_path / "went-on").exists()
 
 
@@ -176,7 +181,8 @@ def test_a_high_job_preempts_and_sends_the_signal(slurm_cluster: SlurmCluster, t
     low = slurm_cluster.submit(
         node, "--exclusive", "--signal=B:USR2@30", f"--output={output}", command=command
     )
-    wait_text(output, "ready")
+    # Alone on its node, ours is the only job that can be preempted; another session's may have to end first.
+    wait_text(output, "ready", timeout_s=120)
     high = slurm_cluster.submit(node, "--exclusive", "--partition=high", command="true")
     wait_text(output, "signalled", timeout_s=20)
     assert slurm_cluster.wait_state(high, {"COMPLETED"}) == "COMPLETED"
@@ -202,6 +208,12 @@ def test_status_of_a_running_cluster_is_0(slurm_cluster: SlurmCluster) -> None:
     assert done.returncode == 0
     assert "stopped" not in done.stdout
     assert all(f"slurmd.{name}" in done.stdout for name in slurm_cluster.nodes)
+
+
+def test_down_refuses_while_a_session_uses_the_cluster(slurm_cluster: SlurmCluster) -> None:
+    done = run_script("down")
+    assert (done.returncode, "test sessions are using the cluster" in done.stderr) == (1, True)
+    assert slurm_cluster.run("srun", "-N1", "echo", "still here") == "still here\n"
 
 
 def test_another_shape_or_directory_does_not_replace_it(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -323,6 +323,13 @@ def test_only_the_last_session_may_take_the_cluster_down(
         assert first.is_last()
 
 
+def test_a_cluster_in_use_is_known_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with claims.usage(tmp_path):
+        assert claims.in_use(tmp_path)
+    assert not claims.in_use(tmp_path)
+
+
 def test_a_session_without_root_never_takes_it_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with claims.usage(tmp_path) as only:

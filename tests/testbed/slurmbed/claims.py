@@ -78,6 +78,12 @@ def usage(machine_dir: Path = MACHINE_DIR) -> Iterator[Usage]:
         yield Usage(lock)
 
 
+def in_use(machine_dir: Path = MACHINE_DIR) -> bool:
+    """Returns whether any session claims the cluster."""
+    with _opened(machine_dir / "users") as lock:
+        return not _try_lock(lock, fcntl.LOCK_EX)
+
+
 def owner(machine_dir: Path = MACHINE_DIR) -> Path | None:
     """Returns the state directory of this machine's cluster, up or killed; None once it was stopped."""
     with suppress(FileNotFoundError):

@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--cpus", type=int, default=suppress, help=f"CPUs per node (default {default.cpus})")
     up.add_argument("--gpus", type=int, default=suppress, help=f"fake GPUs per node (default {default.gpus})")
     commands.add_parser("status", help="show daemons, nodes and jobs")
-    commands.add_parser("down", help="cancel all jobs and stop everything that 'up' started")
+    down = commands.add_parser("down", help="cancel all jobs and stop everything that 'up' started")
+    down.add_argument("--force", action="store_true", help="although test sessions use the cluster")
     return parser
 
 
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
             return _up(layout, options)
         if command == "status":
             return _status(layout)
-        _say("down" if cluster.down(layout) else "nothing was up")
+        _say("down" if cluster.down(layout, force=options["force"]) else "nothing was up")
     except TestbedError as error:
         print(f"hpcsngd testbed: {error}", file=sys.stderr)
         return error.exit_code

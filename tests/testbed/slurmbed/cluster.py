@@ -80,10 +80,22 @@ def up(layout: Layout, wanted: Mapping[str, int]) -> tuple[Facts, bool]:
             raise
 
 
-def down(layout: Layout) -> bool:
-    """Cancels all jobs and stops the cluster; returns whether there was anything to stop."""
+def down(layout: Layout, *, force: bool = False) -> bool:
+    """Cancels all jobs and stops the cluster; returns whether there was anything to stop.
+
+    Args:
+        layout: Which cluster.
+        force: Stop it although test sessions use it.
+
+    Raises:
+        TestbedError: If test sessions use it, without ``force``.
+    """
     packages.require_root()
     with claims.exclusive():
+        if not force and claims.owner() == layout.root and claims.in_use():
+            raise TestbedError(
+                "test sessions are using the cluster; wait for their end, or say 'down --force'"
+            )
         return take_down(layout)
 
 

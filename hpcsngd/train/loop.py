@@ -1,0 +1,324 @@
+"""The training loop: steps, evaluations, checkpoints and stop requests, in one order for every strategy.
+
+At a step boundary, in this order: the row of train.csv, at the end of an epoch the evaluation and its row,
+the checkpoint, the stop request. So a checkpoint of step n includes everything that happened at step n, and a
+resumed run repeats exactly what came after.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from hpcsngd import dist
+from hpcsngd.config.experiment import Experiment
+from hpcsngd.optim import Preconditioner
+from hpcsngd.optim.stopwatch import Stopwatch
+from hpcsngd.train import devices, optimizers, schedules, seeds
+from hpcsngd.train.checkpoint import Checkpoints
+from hpcsngd.train.data import Batch
+from hpcsngd.train.faults import NotFiniteError
+from hpcsngd.train.metrics import Progress, Recorder, Sums
+from hpcsngd.train.sampler import ShardedSampler
+from hpcsngd.train.strategy import Strategy
+
+log = logging.getLogger(__name__)
+
+STOP_POLL_S = 0.5
+"""Rank 0 looks for a stop request at most this often: each look is a question to the file system."""
+
+
+@dataclass
+class Parts:
+    """What is trained, and with what.
+
+    Attributes:
+        model: the bare model.
+        trained: what the strategy made of it; called in training.
+        strategy: how ranks work together.
+        optimizers: each has a part of the parameters.
+        preconditioner: what changes gradients first, if anything.
+        scaler: of the loss; does nothing unless the precision is fp16.
+        device: where this rank computes.
+    """
+
+    model: nn.Module
+    trained: nn.Module
+    strategy: Strategy
+    optimizers: list[Optimizer]
+    preconditioner: Preconditioner | None
+    scaler: torch.amp.GradScaler
+    device: torch.device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of all parts, alike on every rank."""
+        preconditioner = None if self.preconditioner is None else self.preconditioner.state_dict()
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "preconditioner": preconditioner,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`'s result."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.preconditioner is not None:
+            self.preconditioner.load_state_dict(state["preconditioner"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class Trainer:
+    """Trains from ``progress`` to the end of the run or to a stop request.
+
+    Args:
+        config: the experiment.
+        parts: what is trained; changed in place.
+        sampler: of the training set, the one that ``train`` iterates.
+        train: this rank's training batches.
+        test: this rank's evaluation batches.
+        recorder: takes the metrics.
+        checkpoints: takes the state.
+        stop_file: exists when the run should checkpoint and leave.
+        progress: how far the run is; changed in place.
+    """
+
+    def __init__(
+        self,
+        config: Experiment,
+        parts: Parts,
+        *,
+        sampler: ShardedSampler,
+        train: DataLoader[Batch],
+        test: DataLoader[Batch],
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+        stop_file: Path,
+        progress: Progress,
+    ) -> None:
+        self._config, self._parts, self._sampler = config, parts, sampler
+        self._train, self._test = train, test
+        self._recorder, self._checkpoints, self._stop_file = recorder, checkpoints, stop_file
+        self.progress = progress
+        self._saved_step = progress.step
+        self._next_stop_poll = 0.0
+        self._stopwatch = Stopwatch(config.diagnostics.profiling)
+
+    def run(self) -> bool:
+        """Trains; returns True at the end of the run, False after a stop request.
+
+        Raises:
+            NotFiniteError: the loss or a weight is not finite; on every rank.
+        """
+        total = self._config.epochs * self._sampler.steps_per_epoch
+        is_stopped = False
+        while self.progress.step < total and not is_stopped:
+            is_stopped = self._run_epoch()
+        if self._saved_step != self.progress.step:
+            self._save()
+        return self.progress.step == total
+
+    def _run_epoch(self) -> bool:
+        """Trains to the end of the epoch; returns whether a stop request came."""
+        epoch, first = divmod(self.progress.step, self._sampler.steps_per_epoch)
+        self._sampler.start_at(epoch, first)
+        batches = iter(self._train)
+        self._parts.trained.train()
+        for position in range(first, self._sampler.steps_per_epoch):
+            started = time.perf_counter()
+            is_stopped = self._step(batches, position)
+            devices.wait_for(self._parts.device)
+            self.progress.train_s += time.perf_counter() - started
+            self._after_step(is_end_of_epoch=position + 1 == self._sampler.steps_per_epoch)
+            if is_stopped:
+                return True
+        return False
+
+    def _step(self, batches: Iterator[Batch], position: int) -> bool:
+        """Does one optimizer step; returns whether a stop request was seen."""
+        parts, size = self._parts, self._sampler.sizes[position]
+        for optimizer in parts.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
+        count = self._sampler.micro_batches_in(position)
+        for index in range(count):
+            with self._stopwatch.phase("data"):
+                images, labels = self._to_device(next(batches))
+            with parts.strategy.micro_batch(is_last=index + 1 == count):
+                sums[:2] += self._micro_batch(images, labels, size)
+        sums[2] = self._sees_stop_request()
+        loss, correct, stops = dist.all_reduce_sum(sums).tolist()
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"loss is {loss / size} at step {self.progress.step + 1}; {self._advice()}")
+        self._update(size)
+        self.progress.step += 1
+        self.progress.samples += size
+        self.progress.row.add(loss, correct, size)
+        self.progress.epoch.add(loss, correct, size)
+        return bool(stops > 0)
+
+    def _micro_batch(self, images: Tensor, labels: Tensor, size: int) -> Tensor:
+        """Adds a micro-batch's gradients; returns its summed loss and number of correct predictions."""
+        parts = self._parts
+        with self._stopwatch.phase("forward"):
+            with devices.autocast(self._config.precision, parts.device):
+                outputs = parts.trained(images)
+            loss = self._summed_loss(outputs, labels, self._config.loss.label_smoothing)
+        with self._stopwatch.phase("backward"):
+            scaled: Tensor = parts.scaler.scale(loss * parts.strategy.loss_factor(size))
+            scaled.backward()  # type: ignore[no-untyped-call]
+        return torch.stack([loss.detach().double(), _correct(outputs, labels)])
+
+    def _update(self, size: int) -> None:
+        """Turns gradients into new weights: unscale, clip, precondition, update."""
+        parts, step = self._parts, self.progress.step + 1
+        with self._stopwatch.phase("update"):
+            for optimizer in parts.optimizers:
+                parts.scaler.unscale_(optimizer)
+        if self._config.diagnostics.grad_norm:
+            self._recorder.gradient_norms(step, gradient_norms(parts.model))
+        with self._stopwatch.phase("update"):
+            if self._config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parts.model.parameters(), self._config.clip_norm)
+        if parts.preconditioner is not None:
+            parts.preconditioner.step(
+                sample_scale=size / dist.world_size(), grad_scale=parts.scaler.get_scale()
+            )
+        with self._stopwatch.phase("update"):
+            optimizers.set_multiplier(parts.optimizers, self._multiplier())
+            for optimizer in parts.optimizers:
+                parts.scaler.step(optimizer)
+            parts.scaler.update()
+        self._record_step(step)
+
+    def _record_step(self, step: int) -> None:
+        seconds, refresh = self._stopwatch.take(), False
+        if self._parts.preconditioner is not None:
+            record = self._parts.preconditioner.diagnostics()
+            refresh = record.refresh
+            seconds |= {phase.phase: phase.seconds for phase in record.phases}
+            self._recorder.preconditioner(step, record)
+        self._recorder.phases(step, seconds, refresh=refresh)
+
+    def _after_step(self, *, is_end_of_epoch: bool) -> None:
+        progress, rule = self.progress, self._config.checkpoint
+        if is_end_of_epoch or progress.step % self._config.diagnostics.log_every == 0:
+            self._recorder.train(progress, self._parts.optimizers[0].param_groups[0]["lr"])
+            progress.row = Sums()
+        is_due = rule.every_steps is not None and progress.step % rule.every_steps == 0
+        if is_end_of_epoch:
+            self._evaluate()
+            progress.epoch = Sums()
+            epoch = progress.step // self._sampler.steps_per_epoch
+            is_due |= rule.every_epochs is not None and epoch % rule.every_epochs == 0
+        if is_due:
+            self._save()
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        parts, progress = self._parts, self.progress
+        parts.strategy.join_buffers()
+        progress.test = self._sums_over_test_set()
+        progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
+        self._recorder.evaluation(progress, time.perf_counter() - started)
+        log.info(
+            "epoch %d/%d: loss %.4f, accuracy %.4f; test loss %.4f, accuracy %.4f; lr %.3g, %.1f s trained",
+            progress.step // self._sampler.steps_per_epoch,
+            self._config.epochs,
+            progress.epoch.mean_loss,
+            progress.epoch.accuracy,
+            progress.test.mean_loss,
+            progress.test.accuracy,
+            parts.optimizers[0].param_groups[0]["lr"],
+            progress.train_s,
+        )
+
+    @torch.no_grad()
+    def _sums_over_test_set(self) -> Sums:
+        """Returns the sums over the test set, each sample once; the loss without label smoothing."""
+        parts = self._parts
+        parts.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
+        for batch in self._test:
+            images, labels = self._to_device(batch)
+            with devices.autocast(self._config.precision, parts.device):
+                outputs = parts.model(images)
+            loss = self._summed_loss(outputs, labels, 0.0).double()
+            sums += torch.stack([loss, _correct(outputs, labels), loss.new_tensor(len(labels))])
+        parts.model.train()
+        loss_sum, correct, count = dist.all_reduce_sum(sums).tolist()
+        return Sums(loss_sum, correct, int(count))
+
+    def _save(self) -> None:
+        parts, step = self._parts, self.progress.step
+        if not all(bool(weight.isfinite().all()) for weight in parts.model.parameters()):
+            raise NotFiniteError(f"a weight is not finite after step {step}; {self._advice()}")
+        parts.strategy.join_buffers()
+        common = {
+            "seed": self._config.seed,
+            "global_batch": self._sampler.global_batch,
+            "steps_per_epoch": self._sampler.steps_per_epoch,
+            "progress": self.progress.state_dict(),
+            "parts": parts.state_dict(),
+        }
+        self._checkpoints.save(step, common, seeds.stream_states())
+        self._saved_step = step
+
+    def _sees_stop_request(self) -> bool:
+        if dist.rank() != 0 or time.monotonic() < self._next_stop_poll:
+            return False
+        self._next_stop_poll = time.monotonic() + STOP_POLL_S
+        return self._stop_file.exists()
+
+    def _multiplier(self) -> float:
+        return schedules.multiplier(
+            self._config.schedule,
+            self.progress.step,
+            steps_per_epoch=self._sampler.steps_per_epoch,
+            epochs=self._config.epochs,
+        )
+
+    def _summed_loss(self, outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        return nn.functional.cross_entropy(
+            outputs.float(), labels, reduction="sum", label_smoothing=smoothing
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        images, labels = batch
+        device = self._parts.device
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _advice(self) -> str:
+        kept = f"the checkpoint of step {self._saved_step} stays" if self._saved_step else "no checkpoint yet"
+        return f"lr {self._config.optimizer.lr:g} may be too large; {kept}"
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Returns layer name -> Frobenius norm of the gradients of its own parameters; the same on every rank.
+
+    Layers without gradients are left out. The model's own parameters, outside any layer, go by ``""``.
+    """
+    norms: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        gradients = [parameter.grad for parameter in module.parameters(recurse=False)]
+        present: Sequence[Tensor] = [gradient for gradient in gradients if gradient is not None]
+        if present:
+            norms[name] = torch.stack([gradient.norm() for gradient in present]).norm()
+    values = torch.stack(list(norms.values())).tolist() if norms else []
+    return dict(zip(norms, values, strict=True))
+
+
+def _correct(outputs: Tensor, labels: Tensor) -> Tensor:
+    return (outputs.argmax(dim=1) == labels).sum().double()

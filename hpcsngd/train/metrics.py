@@ -1,0 +1,248 @@
+"""The sums behind a run's numbers, and the files that they go to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
+
+from hpcsngd import dist, rundir
+from hpcsngd.config.experiment import Diagnostics
+from hpcsngd.optim import StepRecord
+from hpcsngd.rundir import CsvWriter, RunDir
+from hpcsngd.tables import TABLES
+from hpcsngd.train.faults import SettingError
+
+
+@dataclass
+class Sums:
+    """Sums over samples of all ranks. Equal on every rank, as they come out of an all-reduce."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    count: int = 0
+
+    def add(self, loss: float, correct: float, count: int) -> None:
+        """Adds one batch."""
+        self.loss += loss
+        self.correct += correct
+        self.count += count
+
+    @property
+    def mean_loss(self) -> float:
+        """Returns the mean loss per sample; nan where nothing was added."""
+        return self.loss / self.count if self.count else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """Returns the share of correct predictions; nan where nothing was added."""
+        return self.correct / self.count if self.count else float("nan")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; part of every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: training samples used, all ranks.
+        train_s: seconds spent training, summed over attempts.
+        row: since the last row of train.csv.
+        epoch: since the beginning of the epoch.
+        test: of the last evaluation.
+        best_test_accuracy: of all evaluations.
+    """
+
+    step: int = 0
+    samples: int = 0
+    train_s: float = 0.0
+    row: Sums = field(default_factory=Sums)
+    epoch: Sums = field(default_factory=Sums)
+    test: Sums = field(default_factory=Sums)
+    best_test_accuracy: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns numbers in nested dicts."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Returns the progress that `state_dict` described."""
+        plain = {item.name: state[item.name] for item in fields(cls)}
+        return cls(**plain | {name: Sums(**state[name]) for name in ("row", "epoch", "test")})
+
+
+class Sink(Protocol):
+    """Takes numbers by name; TensorBoard's SummaryWriter is one."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Takes one number."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+class Recorder:
+    """Writes the metrics of one attempt; each file has one rank as its only writer.
+
+    Args:
+        run: the run.
+        attempt: number of the attempt.
+        diagnostics: which tables there are.
+        steps_per_epoch: turns steps into epochs.
+        started: reading of ``time.monotonic`` when the worker started.
+        first_step: steps done before this attempt.
+
+    Raises:
+        SettingError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        attempt: int,
+        diagnostics: Diagnostics,
+        *,
+        steps_per_epoch: int,
+        started: float,
+        first_step: int = 0,
+    ) -> None:
+        self._attempt, self._steps_per_epoch, self._started = attempt, steps_per_epoch, started
+        wanted = _tables(diagnostics)
+        is_first = dist.rank() == 0
+        self._files = {
+            name: CsvWriter(run.metrics(name, dist.rank()), TABLES[name])
+            for name in wanted
+            if is_first or TABLES[name].per_rank
+        }
+        self._sink = _tensorboard(run, first_step) if diagnostics.tensorboard and is_first else None
+
+    def train(self, progress: Progress, lr: float) -> None:
+        """Writes a row of train.csv from the sums since the last one."""
+        loss, accuracy = progress.row.mean_loss, progress.row.accuracy
+        self._put(
+            "train",
+            **self._place(progress.step),
+            samples=progress.samples,
+            loss=loss,
+            accuracy=accuracy,
+            lr=lr,
+            **self._clocks(progress),
+        )
+        self._show(progress.step, {"train/loss": loss, "train/accuracy": accuracy, "train/lr": lr})
+
+    def evaluation(self, progress: Progress, eval_s: float) -> None:
+        """Writes a row of eval.csv from the last evaluation."""
+        test = progress.test
+        self._put(
+            "eval",
+            **self._place(progress.step),
+            split="test",
+            count=test.count,
+            loss=test.mean_loss,
+            accuracy=test.accuracy,
+            eval_s=eval_s,
+            **self._clocks(progress),
+        )
+        self._show(progress.step, {"test/loss": test.mean_loss, "test/accuracy": test.accuracy})
+
+    def gradient_norms(self, step: int, norms: Mapping[str, float]) -> None:
+        """Writes rows of grad_norm.csv."""
+        for layer, norm in norms.items():
+            self._put("grad_norm", **self._place(step), layer=layer, norm=norm)
+
+    def phases(self, step: int, seconds: Mapping[str, float], *, refresh: bool) -> None:
+        """Writes rows of this rank's profiling file.
+
+        Phase ``capture`` is work of the preconditioner's hooks and lies within forward and backward, whose
+        seconds include it; all other phases are disjoint.
+        """
+        for phase, value in seconds.items():
+            self._put(
+                "profiling",
+                attempt=self._attempt,
+                step=step,
+                rank=dist.rank(),
+                refresh=int(refresh),
+                phase=phase,
+                seconds=value,
+            )
+
+    def preconditioner(self, step: int, record: StepRecord) -> None:
+        """Writes what a preconditioner reports of one step, as far as it was asked for.
+
+        Memory and errors change only at refreshes and are written there.
+        """
+        here = {"attempt": self._attempt, "step": step}
+        for sent in record.communication:
+            self._put(
+                "communication",
+                **here,
+                phase=sent.phase,
+                op=sent.op,
+                calls=sent.calls,
+                size_bytes=sent.size_bytes,
+            )
+        if not record.refresh:
+            return
+        for held in record.memory:
+            self._put("memory", **here, kind=held.kind, size_bytes=held.size_bytes)
+        for spectrum in record.rank_analysis:
+            self._put("rank_analysis", **self._place(step), **_without_step(spectrum))
+        for error in record.grad_error:
+            self._put("grad_error", **self._place(step), **_without_step(error))
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self._files.values():
+            file.close()
+        if self._sink is not None:
+            self._sink.close()
+
+    @property
+    def wall_s(self) -> float:
+        """Returns the seconds since the worker started."""
+        return time.monotonic() - self._started
+
+    def _put(self, table: str, **values: rundir.Value) -> None:
+        if table in self._files:
+            self._files[table].write(**values)
+
+    def _place(self, step: int) -> dict[str, rundir.Value]:
+        return {"attempt": self._attempt, "epoch": step / self._steps_per_epoch, "step": step}
+
+    def _clocks(self, progress: Progress) -> dict[str, rundir.Value]:
+        return {"train_s": progress.train_s, "wall_s": self.wall_s, "utc": rundir.utc_now()}
+
+    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._sink is not None:
+            for tag, value in numbers.items():
+                self._sink.add_scalar(tag, value, step)
+
+
+def _tables(diagnostics: Diagnostics) -> list[str]:
+    wanted = ["train", "eval"]
+    if diagnostics.profiling:
+        wanted += ["profiling", "communication", "memory"]
+    return wanted + [
+        name for name in ("rank_analysis", "grad_norm", "grad_error") if getattr(diagnostics, name)
+    ]
+
+
+def _without_step(record: Any) -> dict[str, rundir.Value]:
+    values: dict[str, rundir.Value] = asdict(record)
+    del values["step"]
+    return values
+
+
+def _tensorboard(run: RunDir, first_step: int) -> Sink:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SettingError(
+            "diagnostics.tensorboard needs the package tensorboard: pip install 'hpcsngd[tensorboard]'"
+        ) from error
+    # a resumed run repeats the steps after its checkpoint: what an earlier attempt showed of them is purged
+    writer: Sink = SummaryWriter(run.tensorboard_dir, purge_step=first_step + 1)
+    return writer

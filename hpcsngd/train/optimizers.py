@@ -1,0 +1,132 @@
+"""Builds torch's optimizers and our preconditioners from the experiment's fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hpcsngd import optim
+from hpcsngd.config import experiment as schema
+from hpcsngd.config.fields import Strict
+from hpcsngd.train import seeds
+from hpcsngd.train.faults import SettingError
+
+
+def sgd(
+    model: nn.Module, *, lr: float, weight_decay: float, momentum: float, dampening: float, nesterov: bool
+) -> list[Optimizer]:
+    """Returns torch.optim.SGD for all parameters."""
+    return [
+        torch.optim.SGD(
+            model.parameters(),
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+        )
+    ]
+
+
+def adam(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> list[Optimizer]:
+    """Returns torch.optim.Adam for all parameters."""
+    return [torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)]
+
+
+def adamw(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> list[Optimizer]:
+    """Returns torch.optim.AdamW for all parameters."""
+    return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)]
+
+
+def muon(
+    model: nn.Module, *, lr: float, weight_decay: float, momentum: float, nesterov: bool, adamw_lr: float
+) -> list[Optimizer]:
+    """Returns torch.optim.Muon for the matrices, which it is defined for, and AdamW for everything else.
+
+    Raises:
+        SettingError: this torch has no Muon, or the model no matrix.
+    """
+    build = getattr(torch.optim, "Muon", None)
+    if build is None:
+        raise SettingError(f"optimizer muon needs torch >= 2.9; this is torch {torch.__version__}")
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    if not matrices:
+        raise SettingError("optimizer muon: the model has no matrix for it; use adamw")
+    built: list[Optimizer] = [
+        build(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
+    ]
+    if others:
+        built.append(torch.optim.AdamW(others, lr=adamw_lr, weight_decay=weight_decay))
+    return built
+
+
+OPTIMIZERS: dict[str, Callable[..., list[Optimizer]]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
+def build_optimizers(model: nn.Module, config: schema.Optimizer) -> list[Optimizer]:
+    """Returns the optimizers of an experiment: one, or several that share the parameters among them.
+
+    Each parameter group remembers its peak learning rate as ``initial_lr``.
+    """
+    built = OPTIMIZERS[config.name](model, **_fields(config))
+    for optimizer in built:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return built
+
+
+def set_multiplier(optimizers: list[Optimizer], factor: float) -> None:
+    """Sets every group's learning rate to ``factor`` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def build_preconditioner(
+    model: nn.Module, config: schema.Experiment, *, seed: int
+) -> optim.Preconditioner | None:
+    """Returns the experiment's preconditioner, attached to the model; None if it has none.
+
+    Args:
+        model: the model or its DDP wrapper.
+        config: the experiment; its diagnostics decide what the preconditioner measures.
+        seed: the run's seed.
+
+    Raises:
+        SettingError: a diagnostic that needs a preconditioner although there is none.
+    """
+    wanted = {name for name in ("rank_analysis", "grad_error") if getattr(config.diagnostics, name)}
+    if config.preconditioner is None:
+        if wanted:
+            names = " and ".join(f"diagnostics.{name}" for name in sorted(wanted))
+            raise SettingError(f"{names} measure a preconditioner, but preconditioner is null")
+        return None
+    build: Callable[..., optim.Preconditioner] = optim.get(config.preconditioner.name)
+    return build(
+        model,
+        **_fields(config.preconditioner),
+        seed=seeds.derive(seed, "preconditioner"),
+        profile=config.diagnostics.profiling,
+        observe=wanted,
+    )
+
+
+def _fields(config: Strict) -> dict[str, Any]:
+    fields: dict[str, Any] = config.model_dump()
+    del fields["name"]
+    return fields

@@ -1,0 +1,130 @@
+"""Which samples each rank uses in each step.
+
+The order of an epoch follows from (seed, epoch) alone and is cut into global steps by the number of samples
+and the global batch alone; ranks then share each step. So the samples of step k are the same for any number
+of ranks with the same global batch, and training can be resumed at any step, even on another number of ranks.
+
+Every sample is used exactly once per epoch: nothing is padded, repeated or dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from hpcsngd.train import seeds
+from hpcsngd.train.faults import SettingError
+
+
+def step_sizes(samples: int, global_batch: int, ranks: int) -> list[int]:
+    """Returns the number of samples of every global step of an epoch.
+
+    All steps have ``global_batch`` samples but the last, which takes the rest: as a step of its own if that
+    is at least half a global batch, and otherwise together with the step before. The rule depends on the
+    number of ranks only where ranks have one sample each: there half a batch would leave ranks without any.
+
+    Raises:
+        SettingError: fewer samples than ranks.
+    """
+    if samples < ranks:
+        raise SettingError(f"{samples} training samples cannot be shared by {ranks} ranks")
+    full, rest = divmod(samples, global_batch)
+    sizes = [global_batch] * full
+    if rest == 0:
+        return sizes
+    if full and (2 * rest < global_batch or rest < ranks):
+        return [*sizes[:-1], global_batch + rest]
+    return [*sizes, rest]
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """Returns ``parts`` sizes that sum to ``total`` and differ by at most one, the larger ones first."""
+    size, larger = divmod(total, parts)
+    return [size + (index < larger) for index in range(parts)]
+
+
+def micro_batch_count(size: int, batch_size: int, ranks: int) -> int:
+    """Returns how many micro-batches every rank makes of its share of a global step of ``size`` samples.
+
+    The number is the same on all ranks, no micro-batch is empty, and none exceeds ``batch_size`` (unless that
+    is 1, where a step that took in the rest may have micro-batches of 2).
+    """
+    shares = even_parts(size, ranks)
+    return min(-(-shares[0] // batch_size), shares[-1])
+
+
+class ShardedSampler(Sampler[list[int]]):
+    """Yields this rank's micro-batches, as lists of sample indices, from a position to the end of its epoch.
+
+    Args:
+        samples: size of the training set.
+        batch_size: samples per rank and micro-batch.
+        accumulate: micro-batches per step.
+        rank: this rank.
+        ranks: number of ranks.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        *,
+        accumulate: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self._batch_size, self._rank, self._ranks, self._seed = batch_size, rank, ranks, seed
+        self.global_batch = batch_size * accumulate * ranks
+        self.sizes: Sequence[int] = step_sizes(samples, self.global_batch, ranks)
+        self._samples = samples
+        self._epoch, self._first_step = 0, 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Returns the number of global steps in an epoch."""
+        return len(self.sizes)
+
+    def start_at(self, epoch: int, step: int = 0) -> None:
+        """Sets where the next iteration begins: epoch from 0, step within the epoch from 0."""
+        self._epoch, self._first_step = epoch, step
+
+    def micro_batches_in(self, step: int) -> int:
+        """Returns the number of micro-batches of a step within the epoch."""
+        return micro_batch_count(self.sizes[step], self._batch_size, self._ranks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(
+            self._samples, generator=seeds.generator(self._seed, "order", self._epoch)
+        ).tolist()
+        start = sum(self.sizes[: self._first_step])
+        for step in range(self._first_step, self.steps_per_epoch):
+            size = self.sizes[step]
+            shares = even_parts(size, self._ranks)
+            place = start + sum(shares[: self._rank])
+            for part in even_parts(shares[self._rank], self.micro_batches_in(step)):
+                yield order[place : place + part]
+                place += part
+            start += size
+
+
+class EvaluationSampler(Sampler[list[int]]):
+    """Yields this rank's batches of an evaluation: every ranks-th sample, each sample on exactly one rank.
+
+    Args:
+        samples: size of the set.
+        batch_size: samples per batch.
+        rank: this rank.
+        ranks: number of ranks.
+    """
+
+    def __init__(self, samples: int, batch_size: int, *, rank: int = 0, ranks: int = 1) -> None:
+        self._mine = range(rank, samples, ranks)
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self._mine), self._batch_size):
+            yield list(self._mine[start : start + self._batch_size])

@@ -1,0 +1,187 @@
+"""One attempt of a run, from its configuration to its result: builds the parts and starts the loop."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hpcsngd import dist, rundir
+from hpcsngd.config import resolve
+from hpcsngd.config.experiment import Experiment
+from hpcsngd.rundir import RunDir
+from hpcsngd.train import data, devices, models, optimizers, seeds
+from hpcsngd.train.checkpoint import Checkpoints, Loaded
+from hpcsngd.train.faults import SettingError
+from hpcsngd.train.loop import Parts, Trainer
+from hpcsngd.train.metrics import Progress, Recorder
+from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler
+from hpcsngd.train.strategy import STRATEGIES
+
+log = logging.getLogger(__name__)
+
+_REHEARSAL_BATCH = 2
+
+
+def train(run: RunDir, attempt: int, device: torch.device, *, started: float) -> bool:
+    """Trains a run to its end, from its newest checkpoint if it has one; the ranks have met before.
+
+    Args:
+        run: the run.
+        attempt: number of this attempt.
+        device: where this rank computes.
+        started: reading of ``time.monotonic`` when the worker started.
+
+    Returns:
+        True at the end of the run, with ``finished.yaml`` written; False after a stop request and checkpoint.
+
+    Raises:
+        TrainError: what the training code can explain; anything else is a defect or the machine's.
+    """
+    resolved = resolve.from_record(run.record()["config"])
+    config = resolved.experiment
+    if config.deterministic:
+        devices.use_deterministic_operations()
+    splits = data.load(config.data, resolved.site.data_root)
+    parts = _build_parts(run, config, splits, device)
+    sampler = ShardedSampler(
+        len(splits.train),
+        config.batch_size,
+        accumulate=config.accumulate,
+        rank=dist.rank(),
+        ranks=dist.world_size(),
+        seed=config.seed,
+    )
+    checkpoints = Checkpoints(run.checkpoints_dir, config.checkpoint.keep)
+    progress = _resume(checkpoints, config, parts, sampler)
+    recorder = Recorder(
+        run,
+        attempt,
+        config.diagnostics,
+        steps_per_epoch=sampler.steps_per_epoch,
+        started=started,
+        first_step=progress.step,
+    )
+    train_batches, test_batches = _loaders(config, splits, sampler, device)
+    trainer = Trainer(
+        config,
+        parts,
+        sampler=sampler,
+        train=train_batches,
+        test=test_batches,
+        recorder=recorder,
+        checkpoints=checkpoints,
+        stop_file=run.attempt(attempt).stop_request,
+        progress=progress,
+    )
+    is_finished = trainer.run()
+    recorder.close()
+    if is_finished and dist.rank() == 0:
+        result = _result(config, progress, parts.model) | {"wall_s": recorder.wall_s}
+        rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
+    # nobody ends while another still communicates
+    dist.barrier()
+    return is_finished
+
+
+def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> Parts:
+    scaler = devices.make_scaler(config.precision, device)
+    images = splits.train
+    seeds.seed_streams(seeds.derive(config.seed, "weights"))
+    model = models.build_model(
+        config.model.name, splits.num_classes, images.channels, images.size, **config.model.args
+    ).to(device)
+    if dist.rank() == 0:
+        _summarize(run, model, images, device)
+    strategy = STRATEGIES[config.strategy]()
+    trained = strategy.prepare(model, device)
+    shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
+
+    def rehearsal() -> torch.Tensor:
+        with devices.autocast(config.precision, device):
+            outputs: torch.Tensor = trained(torch.zeros(shape, device=device))
+        return outputs.float().sum()
+
+    strategy.settle(rehearsal)
+    preconditioner = optimizers.build_preconditioner(trained, config, seed=config.seed)
+    if preconditioner is not None and dist.rank() == 0:
+        for name, reason in preconditioner.skipped.items():
+            log.info("layer %s keeps its plain gradient: %s", name, reason)
+    built = optimizers.build_optimizers(model, config.optimizer)
+    return Parts(model, trained, strategy, built, preconditioner, scaler, device)
+
+
+def _summarize(run: RunDir, model: nn.Module, images: data.Images, device: torch.device) -> None:
+    """Writes torchinfo's table of the model; draws nothing from the random streams, leaves no trace in it."""
+    import torchinfo
+
+    shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        text = str(torchinfo.summary(copy.deepcopy(model), input_size=shape, device=device, verbose=0))
+    run.summary_txt.write_text(text + "\n", encoding="utf-8")
+    log.info("model\n%s", text)
+
+
+def _resume(checkpoints: Checkpoints, config: Experiment, parts: Parts, sampler: ShardedSampler) -> Progress:
+    """Returns where to begin, with all states and random streams set accordingly."""
+    loaded = checkpoints.load(parts.device)
+    if loaded is None:
+        seeds.seed_streams(seeds.derive(config.seed, "rank", dist.rank()))
+        return Progress()
+    _check_fits(loaded, sampler)
+    parts.load_state_dict(loaded.common["parts"])
+    progress = Progress.from_state(loaded.common["progress"])
+    if loaded.own is not None:
+        seeds.restore_streams(loaded.own)
+    else:
+        seeds.seed_streams(seeds.derive(config.seed, "rank", dist.rank(), "step", loaded.step))
+        log.info(
+            "checkpoint of %d ranks continues on %d: random streams (dropout) begin anew",
+            loaded.world_size,
+            dist.world_size(),
+        )
+    log.info("resumed after step %d", loaded.step)
+    return progress
+
+
+def _check_fits(loaded: Loaded, sampler: ShardedSampler) -> None:
+    before = (loaded.common["global_batch"], loaded.common["steps_per_epoch"])
+    now = (sampler.global_batch, sampler.steps_per_epoch)
+    if before != now:
+        raise SettingError(
+            f"the checkpoint of step {loaded.step} was written by {loaded.world_size} ranks with a global "
+            f"batch of {before[0]} ({before[1]} steps per epoch); {dist.world_size()} ranks now make "
+            f"{now[0]} ({now[1]} steps): start as many ranks as before"
+        )
+
+
+def _loaders(
+    config: Experiment, splits: data.Splits, sampler: ShardedSampler, device: torch.device
+) -> tuple[DataLoader[data.Batch], DataLoader[data.Batch]]:
+    evaluation = EvaluationSampler(
+        len(splits.test),
+        config.eval_batch_size or config.batch_size,
+        rank=dist.rank(),
+        ranks=dist.world_size(),
+    )
+    workers, pin = config.data.workers, device.type == "cuda"
+    return (
+        data.loader(splits.train, sampler, workers=workers, pin=pin),
+        data.loader(splits.test, evaluation, workers=workers, pin=pin),
+    )
+
+
+def _result(config: Experiment, progress: Progress, model: nn.Module) -> dict[str, Any]:
+    return {
+        "test_accuracy": progress.test.accuracy,
+        "test_loss": progress.test.mean_loss,
+        "best_test_accuracy": progress.best_test_accuracy,
+        "epochs": config.epochs,
+        "steps": progress.step,
+        "train_s": progress.train_s,
+        "parameters": models.parameter_count(model),
+    }

@@ -1,0 +1,130 @@
+"""Builders of optimizers and preconditioners, and their agreement with the schema."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+from hpcsngd.config import experiment as schema
+from hpcsngd.optim import PRECONDITIONERS
+from hpcsngd.train.faults import SettingError
+from hpcsngd.train.optimizers import (
+    OPTIMIZERS,
+    build_optimizers,
+    build_preconditioner,
+    muon,
+    set_multiplier,
+)
+
+
+def members(union: Any) -> list[type[schema.Strict]]:
+    """Returns the classes in ``Annotated[A | B, ...]``, or the one in ``Annotated[A, ...]``."""
+    inside = get_args(union)[0]
+    return list(get_args(inside)) or [inside]
+
+
+def by_name(classes: list[type[schema.Strict]]) -> dict[str, set[str]]:
+    """Returns the names that the classes stand for, with the fields that each has."""
+    return {
+        name: set(each.model_fields) - {"name"}
+        for each in classes
+        for name in get_args(each.model_fields["name"].annotation)
+    }
+
+
+def test_optimizers_take_exactly_the_fields_of_the_schema() -> None:
+    arguments = {
+        name: set(inspect.signature(build).parameters) - {"model"} for name, build in OPTIMIZERS.items()
+    }
+    assert arguments == by_name(members(schema.Optimizer))
+
+
+def test_preconditioners_take_the_fields_of_the_schema() -> None:
+    fields = by_name(members(schema.Preconditioner))
+    assert fields.keys() == PRECONDITIONERS.keys()
+    for name, wanted in fields.items():
+        arguments = set(inspect.signature(PRECONDITIONERS[name].__init__).parameters)
+        assert wanted <= arguments, name
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+
+
+def experiment(**changes: Any) -> schema.Experiment:
+    fields: dict[str, Any] = {
+        "description": "test",
+        "model": {"name": "digits-cnn"},
+        "data": {"name": "digits"},
+        "batch_size": 4,
+        "epochs": 1,
+        "optimizer": {"name": "sgd", "lr": 0.1},
+    }
+    return schema.Experiment.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
+)
+def test_fields_reach_the_optimizer(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    config = experiment(optimizer={"name": name, "lr": 0.25, "weight_decay": 0.5}).optimizer
+    (optimizer,) = build_optimizers(net(), config)
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_the_multiplier_acts_on_the_peak_rate() -> None:
+    built = build_optimizers(net(), experiment().optimizer)
+    for factor in (0.5, 0.25):
+        set_multiplier(built, factor)
+        assert built[0].param_groups[0]["lr"] == 0.1 * factor
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    model = net()
+    config = experiment(optimizer={"name": "muon", "lr": 0.02, "adamw_lr": 0.003}).optimizer
+    matrices, others = build_optimizers(model, config)
+    assert type(matrices).__name__ == "Muon"
+    assert [parameter.ndim for parameter in matrices.param_groups[0]["params"]] == [2]
+    assert sorted(parameter.ndim for parameter in others.param_groups[0]["params"]) == [1, 1, 4]
+    set_multiplier([matrices, others], 0.5)
+    assert [each.param_groups[0]["lr"] for each in (matrices, others)] == [0.01, 0.0015]
+
+
+def test_muon_without_torchs_own_names_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(SettingError, match=r"muon needs torch >= 2\.9; this is torch"):
+        muon(net(), lr=0.1, weight_decay=0, momentum=0.9, nesterov=True, adamw_lr=0.1)
+
+
+def test_no_preconditioner_without_one_in_the_experiment() -> None:
+    assert build_preconditioner(net(), experiment(), seed=0) is None
+
+
+def test_the_preconditioner_measures_what_the_diagnostics_say() -> None:
+    config = experiment(
+        preconditioner={"name": "hylo", "method": "kis", "ratio": 0.5},
+        diagnostics={"rank_analysis": True, "grad_error": True, "profiling": True},
+    )
+    model = net()
+    preconditioner = build_preconditioner(model, config, seed=0)
+    assert preconditioner is not None
+    images, labels = torch.randn(8, 1, 4, 4), torch.arange(8) % 3
+    nn.functional.cross_entropy(model(images), labels).backward()
+    preconditioner.step()
+    record = preconditioner.diagnostics()
+    assert {item.layer for item in record.rank_analysis} == {"0", "2"}
+    assert {item.method for item in record.grad_error} == {"kis"}
+    assert {"capture", "factorise", "precondition"} <= {item.phase for item in record.phases}
+
+
+@pytest.mark.parametrize("name", ["rank_analysis", "grad_error"])
+def test_a_diagnostic_of_the_preconditioner_needs_one(name: str) -> None:
+    with pytest.raises(SettingError, match=f"diagnostics.{name} measure a preconditioner"):
+        build_preconditioner(net(), experiment(diagnostics={name: True}), seed=0)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcsngd.train.faults import SettingError
+from hpcsngd.train.sampler import (
+    EvaluationSampler,
+    ShardedSampler,
+    even_parts,
+    micro_batch_count,
+    step_sizes,
+)
+
+SHAPES = st.tuples(st.integers(1, 300), st.integers(1, 20), st.integers(1, 6), st.integers(1, 4))
+
+
+def samplers(samples: int, batch: int, ranks: int, accumulate: int) -> list[ShardedSampler]:
+    return [
+        ShardedSampler(samples, batch, accumulate=accumulate, rank=rank, ranks=ranks, seed=5)
+        for rank in range(ranks)
+    ]
+
+
+def by_step(sampler: ShardedSampler, epoch: int = 0, first: int = 0) -> list[list[list[int]]]:
+    """Returns the micro-batches of every step."""
+    sampler.start_at(epoch, first)
+    batches = iter(sampler)
+    result = [
+        [next(batches) for _ in range(sampler.micro_batches_in(step))]
+        for step in range(first, sampler.steps_per_epoch)
+    ]
+    assert next(batches, None) is None
+    return result
+
+
+@given(SHAPES)
+def test_every_sample_is_used_once_per_epoch(shape: tuple[int, int, int, int]) -> None:
+    samples, _, ranks, _ = shape
+    if samples < ranks:
+        return
+    used = [
+        index for sampler in samplers(*shape) for step in by_step(sampler) for part in step for index in part
+    ]
+    assert sorted(used) == list(range(samples))
+
+
+@given(SHAPES)
+def test_ranks_have_even_shares_and_no_micro_batch_is_empty_or_too_large(
+    shape: tuple[int, int, int, int],
+) -> None:
+    samples, batch, ranks, _ = shape
+    if samples < ranks:
+        return
+    per_rank = [by_step(sampler) for sampler in samplers(*shape)]
+    for step in zip(*per_rank, strict=True):
+        assert len({len(parts) for parts in step}) == 1
+        shares = [sum(map(len, parts)) for parts in step]
+        assert max(shares) - min(shares) <= 1
+        sizes = [len(part) for parts in step for part in parts]
+        assert min(sizes) >= 1
+        assert max(sizes) <= max(batch, 2)
+
+
+@given(st.integers(8, 300), st.integers(1, 8), st.integers(0, 3))
+def test_a_step_has_the_same_samples_for_any_number_of_ranks(samples: int, batch: int, epoch: int) -> None:
+    def steps(ranks: int) -> list[list[int]]:
+        per_rank = [by_step(sampler, epoch) for sampler in samplers(samples, batch * 8 // ranks, ranks, 1)]
+        return [[i for parts in step for part in parts for i in part] for step in zip(*per_rank, strict=True)]
+
+    alone = steps(1)
+    assert steps(2) == alone
+    assert steps(4) == alone
+
+
+def test_ranks_times_accumulation_give_the_same_steps() -> None:
+    accumulated = by_step(ShardedSampler(100, 8, accumulate=4, seed=5))
+    at_once = by_step(ShardedSampler(100, 32, seed=5))
+    assert [list(chain(*step)) for step in accumulated] == [list(chain(*step)) for step in at_once]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_starting_inside_an_epoch_gives_its_remainder(first: int) -> None:
+    sampler = ShardedSampler(100, 8, accumulate=2, rank=1, ranks=2, seed=5)
+    assert by_step(sampler, 4, first) == by_step(sampler, 4)[first:]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [by_step(ShardedSampler(50, 50, seed=seed), epoch)[0][0] for seed in (1, 2) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@pytest.mark.parametrize(
+    ("samples", "global_batch", "ranks", "sizes"),
+    [
+        (64, 16, 2, [16, 16, 16, 16]),
+        (60, 16, 2, [16, 16, 16, 12]),
+        (56, 16, 2, [16, 16, 16, 8]),
+        (55, 16, 2, [16, 16, 23]),
+        (5, 16, 2, [5]),
+        (7, 4, 4, [7]),  # one sample per rank: the last 3 cannot be a step of 4 ranks
+    ],
+)
+def test_the_rest_is_a_step_or_joins_the_one_before(
+    samples: int, global_batch: int, ranks: int, sizes: list[int]
+) -> None:
+    assert step_sizes(samples, global_batch, ranks) == sizes
+
+
+def test_a_joined_step_is_cut_into_more_micro_batches() -> None:
+    # 23 samples on 2 ranks: 12 and 11, in micro-batches of at most 8
+    assert micro_batch_count(23, 8, 2) == 2
+    assert even_parts(12, 2) == [6, 6]
+    assert even_parts(11, 2) == [6, 5]
+
+
+def test_fewer_samples_than_ranks_are_refused() -> None:
+    with pytest.raises(SettingError, match="3 training samples cannot be shared by 4 ranks"):
+        ShardedSampler(3, 8, rank=0, ranks=4)
+
+
+@given(st.integers(0, 100), st.integers(1, 20), st.integers(1, 7))
+def test_evaluation_has_each_sample_on_one_rank(samples: int, batch: int, ranks: int) -> None:
+    batches = [
+        part for rank in range(ranks) for part in EvaluationSampler(samples, batch, rank=rank, ranks=ranks)
+    ]
+    assert sorted(chain(*batches)) == list(range(samples))
+    assert all(1 <= len(part) <= batch for part in batches)

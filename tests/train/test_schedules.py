@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from hpcsngd.config.experiment import Schedule
+from hpcsngd.train.schedules import multiplier
+
+
+def curve(steps: list[int], **fields: object) -> list[float]:
+    schedule = Schedule.model_validate(fields)
+    return [multiplier(schedule, step, steps_per_epoch=10, epochs=5) for step in steps]
+
+
+def test_constant_is_one() -> None:
+    assert curve([0, 7, 49]) == [1, 1, 1]
+
+
+def test_warm_up_rises_per_step_and_ends_at_one() -> None:
+    # from 0.2 by 0.8 / 20 per step
+    expected = [0.2, 0.24, 0.6, 0.96, 1.0]
+    assert curve([0, 1, 10, 19, 20], warmup_epochs=2, warmup_start=0.2) == pytest.approx(expected)
+
+
+def test_milestones_act_from_their_epoch_on() -> None:
+    expected = [1, 1, 0.5, 0.5, 0.25]
+    assert curve([0, 19, 20, 34, 35], kind="milestones", milestones=[2, 3.5], gamma=0.5) == expected
+
+
+def test_milestones_do_not_interrupt_the_warm_up() -> None:
+    fields = {"kind": "milestones", "milestones": [1], "gamma": 0.1, "warmup_epochs": 2, "warmup_start": 0}
+    assert curve([15, 20], **fields) == pytest.approx([0.75, 0.1])
+
+
+def test_cosine_falls_from_the_warm_up_to_the_final_value() -> None:
+    # half way between steps 10 and 50 the cosine is at (1 + final) / 2
+    expected = [1.0, 0.6, 0.2]
+    assert curve([10, 30, 50], kind="cosine", warmup_epochs=1, final=0.2) == pytest.approx(expected)
+
+
+def test_cosine_at_a_quarter() -> None:
+    # (1 + cos(pi / 4)) / 2
+    assert curve([20], kind="cosine", warmup_epochs=1) == pytest.approx([0.8535533905932737])
+
+
+def test_linear_falls_evenly() -> None:
+    assert curve([0, 25, 50], kind="linear", final=0.5) == pytest.approx([1.0, 0.75, 0.5])
+
+
+def test_a_warm_up_as_long_as_the_run_never_gets_to_the_shape() -> None:
+    assert curve([0, 49], kind="cosine", warmup_epochs=5, warmup_start=0) == pytest.approx([0, 0.98])
