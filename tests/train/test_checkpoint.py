@@ -160,3 +160,13 @@ def test_an_unknown_schema_is_not_guessed_at(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace("schema: 1", "schema: 2"))
     with pytest.raises(CheckpointError, match="step_5 has schema 2, this version knows 1"):
         store.load(CPU)
+
+
+@pytest.mark.parametrize(("what", "instead"), [("step: 5", "step: 6"), ("world_size: 1", "world_size: 2")])
+def test_the_manifest_must_be_about_this_checkpoint(tmp_path: Path, what: str, instead: str) -> None:
+    store = Checkpoints(tmp_path, keep=2)
+    save(store, 5)
+    manifest = tmp_path / "step_5" / MANIFEST
+    manifest.write_text(manifest.read_text().replace(what, instead))
+    with pytest.raises(CheckpointError, match="does not list the files of this checkpoint"):
+        store.load(CPU)
