@@ -61,7 +61,7 @@ def train_with_dropout(run: RunDir, attempt: int = 1) -> bool:
 
 
 def train_until_killed(run: RunDir, attempt: int, step: int, place: str) -> None:
-    """Trains until every rank kills itself.
+    """Trains, with dropout, until every rank kills itself.
 
     Args:
         run: the run.
@@ -81,6 +81,14 @@ def train_until_killed(run: RunDir, attempt: int, step: int, place: str) -> None
 
     setattr(owner, name, deadly)
     train_with_dropout(run, attempt)
+
+
+def train_until_stopped(run: RunDir, step: int) -> None:
+    """Trains until a stop request is seen in a step (counted from 1)."""
+    loop.Trainer._sees_stop_request = (  # type: ignore[method-assign]
+        lambda self: self.progress.step + 1 == step
+    )
+    assert not train(run)
 
 
 def dropout_net(num_classes: int, in_channels: int, image_size: int, *, width: int) -> nn.Module:

@@ -17,11 +17,15 @@ import torch
 
 from hpcsngd import rundir
 from hpcsngd.rundir import RunDir
+from tests import ranks as ranks_module
 from tests.ranks import RankError, run_on_ranks
 from tests.train import runs
 from tests.train.runs import HYLO, assert_same_weights, make_run, rows, weights
 
 pytestmark = pytest.mark.dist
+
+# Ranks are forked from a process that has already imported what takes seconds.
+ranks_module._CONTEXT.set_forkserver_preload(["torch", "tests.ranks", "tests.train.preload"])
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,10 +83,9 @@ def test_a_killed_run_ends_bit_for_bit_as_if_it_had_not_been(
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(tmp_path: Path) -> None:
-    whole, changed = make_run(tmp_path, batch_size=8), make_run(tmp_path, batch_size=8)
+    whole, changed = (make_run(tmp_path, batch_size=8, **HYLO) for _ in range(2))
     run_on_ranks(runs.train, 2, whole)
-    with pytest.raises(RankError, match="died with exit code -9"):
-        run_on_ranks(runs.train_until_killed, 2, changed, 1, 20, "step")
+    run_on_ranks(runs.train_until_stopped, 2, changed, 20)
     record = changed.record()
     record["config"]["experiment"]["batch_size"] = 16
     rundir.write_yaml(changed.run_yaml, record)
@@ -135,11 +138,10 @@ def wait_for(condition: Any, limit_s: float = 60.0) -> None:
 
 @pytest.mark.slow
 def test_processes_killed_from_outside_resume_bit_for_bit(tmp_path: Path) -> None:
-    settings = {"batch_size": 8, "epochs": 12, "checkpoint.every_steps": 5} | HYLO
+    settings = {"batch_size": 8, "epochs": 12, "checkpoint.every_steps": 5, "optimizer.lr": 0.02} | HYLO
     whole, killed = make_run(tmp_path, **settings), make_run(tmp_path, **settings)
     assert end(start(whole, 2, 1)) == [0, 0]
     for attempt in (1, 2):
-        before = len(list(killed.checkpoints_dir.glob("step_*")))
         newest = latest(killed)
         workers = start(killed, 2, attempt)
         wait_for(lambda: latest(killed) > newest + 10)  # noqa: B023
@@ -147,7 +149,6 @@ def test_processes_killed_from_outside_resume_bit_for_bit(tmp_path: Path) -> Non
         for each in workers:
             each.send_signal(signal.SIGKILL)
         assert end(workers) == [-9, -9]
-        assert before <= 2
     assert end(start(killed, 2, 3)) == [0, 0]
     assert_same_weights(whole, killed)
     for table in ("train", "eval"):
