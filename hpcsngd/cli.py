@@ -253,7 +253,7 @@ def _wait(run: RunDir, resolved: Resolved, *, quiet: bool) -> Status:
     from hpcsngd.progress import progress
 
     try:
-        with progress(run.name, resolved.experiment.epochs, quiet=quiet) as update:
+        with progress(resolved.experiment.epochs, quiet=quiet) as update:
             return wait(run, poll_s=resolved.site.scheduler.poll_s, on_update=update)
     except KeyboardInterrupt:
         click.echo(

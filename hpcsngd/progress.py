@@ -16,24 +16,23 @@ Update = Callable[["RunState"], None]
 
 
 @contextmanager
-def progress(title: str, epochs: int, *, quiet: bool) -> Iterator[Update]:
+def progress(epochs: int, *, quiet: bool) -> Iterator[Update]:
     """Yields a function that is told each new state of the run.
 
     Args:
-        title: the run's name.
         epochs: how many there will be.
         quiet: show nothing at all.
     """
     if quiet:
         yield lambda state: None
     elif sys.stderr.isatty():
-        yield from _bar(title, epochs)
+        yield from _bar(epochs)
     else:
         yield _Lines(epochs)
 
 
 class _Lines:
-    """One line per change of state and per finished epoch, for logs and pipes."""
+    """One line per change of state and per finished epoch, for logs and pipes; the end is told by others."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
@@ -41,7 +40,7 @@ class _Lines:
 
     def __call__(self, state: RunState) -> None:
         now = (state.state, int(state.epoch or 0))
-        if now == self._seen:
+        if now == self._seen or state.has_ended:
             return
         self._seen = now
         click.echo(f"{state.state}: {_facts(state, self._epochs)}", err=True)
@@ -52,25 +51,26 @@ def _facts(state: RunState, epochs: int) -> str:
     if state.loss is not None:
         parts.append(f"loss {state.loss:.4f}")
     if state.accuracy is not None:
-        parts.append(f"test accuracy {state.accuracy:.4f}")
+        parts.append(f"accuracy {state.accuracy:.4f}")
     return ", ".join(parts)
 
 
-def _bar(title: str, epochs: int) -> Iterator[Update]:
+def _bar(epochs: int) -> Iterator[Update]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TextColumn("{task.fields[facts]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
-        task = bar.add_task(title, total=float(epochs), facts="waiting for the scheduler")
+    with Progress(*columns, console=Console(stderr=True), expand=True) as bar:
+        task = bar.add_task("submitted", total=float(epochs), facts="")
 
         def update(state: RunState) -> None:
-            bar.update(task, completed=state.epoch or 0.0, facts=f"{state.state}: {_facts(state, epochs)}")
+            done = state.epoch or 0.0
+            bar.update(task, description=state.state, completed=done, facts=_facts(state, epochs))
 
         yield update

@@ -30,7 +30,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -302,6 +302,11 @@ class Attempt:
             raise ValueError(f"unknown fault kind {fault.kind!r}; allowed: {', '.join(FAULT_KINDS)}")
         name = f"rank{fault.rank}" if fault.rank is not None else f"node{fault.node}"
         write_yaml(self.path / "faults" / f"{name}.yaml", dataclasses.asdict(fault))
+
+    def forget_faults(self, ranks: Iterable[int]) -> None:
+        """Removes the faults of ranks that are about to start again in this attempt."""
+        for rank in ranks:
+            (self.path / "faults" / f"rank{rank}.yaml").unlink(missing_ok=True)
 
     def faults(self) -> list[Fault]:
         """Returns all recorded faults, the first cause first.

@@ -52,6 +52,11 @@ class Table:
         """Returns the file name inside ``metrics/``."""
         return f"{self.name}.rank{rank}.csv" if self.per_rank else f"{self.name}.csv"
 
+    @property
+    def pattern(self) -> str:
+        """Returns the glob pattern that finds its files, of all ranks, inside ``metrics/``."""
+        return f"{self.name}.rank*.csv" if self.per_rank else f"{self.name}.csv"
+
 
 _ATTEMPT = Column("attempt", "int", "", "which attempt of the run wrote the row; 1 is the first")
 _EPOCH = Column("epoch", "float", "epochs", "completed passes over the training set")

@@ -37,6 +37,8 @@ class Communicator:
 
     def sum_numbers(self, phase: str, numbers: Sequence[int]) -> list[int]:
         """Returns the element-wise sum over the ranks."""
+        if not numbers:
+            return []
         local = torch.tensor(numbers, dtype=torch.int64)
         self._count(phase, "all_reduce", local.nbytes)
         total: list[int] = dist.all_reduce_sum(local).tolist()

@@ -250,7 +250,8 @@ class HyLo(Preconditioner):
             kernel = kernel_of(rows)
             built[name] = SampleCurvature.build(rows, kernel, damping)
             if built[name] is not None:
-                self._observer.kernel(name, kernel, damping)
+                with self._stopwatch.phase("observe"):
+                    self._observer.kernel(name, kernel, damping)
         # The same rows on unlike hardware may fail on one rank only: one rank's failure is everybody's.
         failed = self._communicator.sum_numbers("factorise", [int(new is None) for new in built.values()])
         for (name, new), ranks in zip(built.items(), failed, strict=True):

@@ -58,52 +58,62 @@ class Layer:
     def input_sums(self, x: Tensor, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
         """Returns the inputs summed over the positions, ``(n, d_in)`` without bias, and their number.
 
+        Always new memory: the caller may reuse its input buffer before the rows are read.
+
         Args:
             x: the call's input.
             output: the call's output (only its shape is read).
             dtype: of the result; sums are taken in it.
         """
         if isinstance(self.module, nn.Linear):
-            batch = x.reshape(1, 1, -1) if x.dim() == 1 else x.reshape(len(x), -1, x.shape[-1])
-            # A single position is copied: the caller may reuse its input buffer before the rows are read.
-            return batch.to(dtype, copy=True).sum(1), batch.shape[1]
+            batch = _with_positions(x)
+            return batch.sum(1, dtype=dtype), batch.shape[1]
         batch = x if x.dim() == 4 else x.unsqueeze(0)
         pixels = (output.shape[-2], output.shape[-1])
-        return patch_sums(batch.to(dtype), self.module, pixels), pixels[0] * pixels[1]
+        return patch_sums(batch, self.module, pixels, dtype), pixels[0] * pixels[1]
 
     def output_sums(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the output gradient summed over the positions, ``(n, d_out)``."""
         if isinstance(self.module, nn.Linear):
-            batch = grad.reshape(1, 1, -1) if grad.dim() == 1 else grad.reshape(len(grad), -1, grad.shape[-1])
-            return batch.to(dtype, copy=True).sum(1)
+            return _with_positions(grad).sum(1, dtype=dtype)
         batch = grad if grad.dim() == 4 else grad.unsqueeze(0)
-        return batch.to(dtype).sum((2, 3))
+        return batch.sum((2, 3), dtype=dtype)
 
 
-def patch_sums(x: Tensor, conv: nn.Conv2d, pixels: tuple[int, int]) -> Tensor:
+def _with_positions(x: Tensor) -> Tensor:
+    """Returns ``(n, positions, d)`` of ``(n, ..., d)``; a vector is one sample with one position."""
+    batch = x if x.dim() > 1 else x.unsqueeze(0)
+    return batch.unsqueeze(1).flatten(1, -2)
+
+
+def patch_sums(x: Tensor, conv: nn.Conv2d, pixels: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Returns the sum of all patches that ``conv`` reads, ``(n, channels * kernel rows * kernel columns)``.
 
-    Equals ``unfold`` summed over the output pixels, but reads ``x`` once: a patch sum is separable, so each
-    spatial dimension is contracted with a small 0/1 matrix that says which entries a kernel tap visits.
+    Equals ``unfold`` summed over the output pixels without building the patches: what a kernel tap visits is
+    a strided box of the image, so the image is summed once per kernel row, and what is left per column.
 
     Args:
         x: shape ``(n, channels, rows, columns)``.
         conv: kernel size, stride, padding (zeros) and dilation are read from it.
         pixels: rows and columns of the convolution's output.
+        dtype: of the sums and the result.
     """
-    rows, columns = (_visits(conv, d, x.shape[2 + d], pixels[d]).to(x) for d in range(2))
-    return (rows @ (x @ columns.T)).flatten(1)
+    row_taps, column_taps = (_visited(conv, d, x.shape[2 + d], pixels[d]) for d in range(2))
+    by_row = torch.stack([x[:, :, rows].sum(2, dtype=dtype) for rows in row_taps], 2)
+    return torch.stack([by_row[..., columns].sum(3) for columns in column_taps], 3).flatten(1)
 
 
-def _visits(conv: nn.Conv2d, dimension: int, size: int, pixels: int) -> Tensor:
-    """Returns a 0/1 matrix ``(kernel, size)``: whether a kernel tap visits an entry at some output pixel."""
-    tap = torch.arange(conv.kernel_size[dimension])[:, None].expand(-1, pixels)
-    entry = torch.arange(pixels) * conv.stride[dimension] + tap * conv.dilation[dimension]
-    entry = entry - _before(conv, dimension)
-    inside = (entry >= 0) & (entry < size)
-    visits = torch.zeros(len(tap), size)
-    visits[tap[inside], entry[inside]] = 1
-    return visits
+def _visited(conv: nn.Conv2d, dimension: int, size: int, pixels: int) -> list[slice]:
+    """Returns for each kernel tap along ``dimension`` the entries inside the image that it visits."""
+    stride, dilation = conv.stride[dimension], conv.dilation[dimension]
+    visited = []
+    for tap in range(conv.kernel_size[dimension]):
+        offset = tap * dilation - _before(conv, dimension)
+        # Output pixel o reads entry offset + o * stride: the first and the last o that stay inside.
+        first, last = max(0, -(offset // stride)), min(pixels - 1, (size - 1 - offset) // stride)
+        inside = slice(offset + first * stride, offset + last * stride + 1, stride)
+        visited.append(inside if first <= last else slice(0))
+    return visited
 
 
 def _before(conv: nn.Conv2d, dimension: int) -> int:

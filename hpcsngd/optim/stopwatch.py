@@ -12,8 +12,8 @@ import torch
 class Stopwatch:
     """Adds up the seconds spent in named phases until they are taken.
 
-    Work on a GPU is waited for at both ends of a phase, so that it counts in the phase that started it; this
-    is why profiling slows a run down.
+    Time counts once: an inner phase is no part of the outer one. Work on a GPU is waited for at both ends of
+    a phase, so that it counts in the phase that started it; this is why profiling slows a run down.
 
     Args:
         enabled: whether to measure at all.
@@ -22,6 +22,7 @@ class Stopwatch:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._seconds: dict[str, float] = {}
+        self._inner = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -29,11 +30,14 @@ class Stopwatch:
         if not self._enabled:
             yield
             return
+        before, self._inner = self._inner, 0.0
         start = _now()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + _now() - start
+            elapsed = _now() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed - self._inner
+            self._inner = before + elapsed
 
     def take(self) -> dict[str, float]:
         """Returns the seconds by phase since the last call, and starts over."""

@@ -1,0 +1,106 @@
+"""One metrics file: strict, and fast where the file is as its writer left it.
+
+A file is read by pandas when every line has the declared number of cells. Anything else goes through
+`hpcsngd.rundir.read_rows`, which is slow but knows quoting and names the line of a damaged row. Both accept
+the same files, so speed never decides what counts as a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pandas as pd
+
+from hpcsngd.errors import RunDirError
+from hpcsngd.rundir import SCHEMA, read_rows
+from hpcsngd.tables import Dtype, Table
+
+_DTYPES: dict[Dtype, str] = {"int": "int64", "float": "float64", "str": "str"}
+
+
+def dtypes(table: Table) -> dict[str, str]:
+    """Returns the pandas dtype of each column of a table, in file order."""
+    return {column.name: _DTYPES[column.dtype] for column in table.columns}
+
+
+def empty(table: Table) -> pd.DataFrame:
+    """Returns a frame with the table's columns and no row."""
+    return pd.DataFrame({name: pd.Series([], dtype=dtype) for name, dtype in dtypes(table).items()})
+
+
+def read_file(path: Path, table: Table) -> tuple[pd.DataFrame, bool]:
+    """Reads one metrics file.
+
+    Args:
+        path: the CSV file.
+        table: its declaration in `hpcsngd.tables`.
+
+    Returns:
+        The rows in file order, and whether a last line without newline was left out: it is not a row yet.
+
+    Raises:
+        RunDirError: unreadable, another header, or a damaged row; the message names file and line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunDirError(f"cannot read {path}: {error.strerror}") from error
+    end = data.rfind(b"\n") + 1
+    whole, is_unfinished = data[:end], end < len(data)
+    if not whole:
+        return empty(table), is_unfinished
+    _check_bytes(path, whole)
+    _check_header(path, table, whole)
+    return _parse(path, table, whole), is_unfinished
+
+
+def _check_bytes(path: Path, data: bytes) -> None:
+    # A node that dies while a parallel file system flushes leaves blocks of NUL; our lines end with \n alone.
+    for byte, name in ((b"\0", "a NUL byte"), (b"\r", "a carriage return")):
+        position = data.find(byte)
+        if position >= 0:
+            raise RunDirError(f"{path}:{_line(data, position)}: {name}; the file is damaged")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunDirError(f"{path}:{_line(data, error.start)}: not UTF-8; the file is damaged") from error
+
+
+def _line(data: bytes, position: int) -> int:
+    return data.count(b"\n", 0, position) + 1
+
+
+def _check_header(path: Path, table: Table, data: bytes) -> None:
+    found = data[: data.find(b"\n")].decode("utf-8")
+    expected = ",".join(table.header)
+    if found != expected:
+        raise RunDirError(f"{path}:1: columns are {found}; schema {SCHEMA} has {expected}")
+
+
+def _parse(path: Path, table: Table, data: bytes) -> pd.DataFrame:
+    frame = _fast(table, data)
+    if frame is not None:
+        return frame
+    try:
+        rows = pd.DataFrame(list(read_rows(path, table)), columns=table.header)
+        return rows.astype(dtypes(table))
+    except (csv.Error, OverflowError, ValueError) as error:
+        raise RunDirError(f"{path}: {error}") from error
+
+
+def _fast(table: Table, data: bytes) -> pd.DataFrame | None:
+    """Returns the rows by pandas' own parser, or None when the strict reader should look."""
+    commas = {line.count(b",") for line in data.splitlines()}
+    if commas != {len(table.columns) - 1} or b'"' in data:
+        return None
+    kinds = dtypes(table)
+    # Only our writer's "nan" is NaN: an empty cell is damage, and the text "NA" may be a layer's name.
+    nan = {name: ["nan"] for name, kind in kinds.items() if kind == "float64"}
+    try:
+        return pd.read_csv(
+            io.BytesIO(data), dtype=kinds, na_values=nan, keep_default_na=False, skip_blank_lines=False
+        )
+    except (ValueError, OverflowError):
+        return None

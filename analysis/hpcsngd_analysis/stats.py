@@ -1,0 +1,62 @@
+"""Numbers about runs: pure functions from the tables of `hpcsngd_analysis.load` to frames indexed by run.
+
+A run without rows has no entry, so that "nothing measured" never looks like a measured value that is NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+
+def elapsed(*tables: pd.DataFrame) -> pd.DataFrame:
+    """Returns how far each run came, from tables that have the columns ``epoch`` and ``train_s``.
+
+    Returns:
+        Index ``run``; ``epochs`` (passes completed) and ``train_s`` (s), the maximum over the tables.
+    """
+    furthest = [table.groupby("run", sort=False)[["epoch", "train_s"]].max() for table in tables]
+    return pd.concat(furthest).groupby(level="run", sort=False).max().rename(columns={"epoch": "epochs"})
+
+
+def split_results(evaluation: pd.DataFrame, split: str = "test") -> pd.DataFrame:
+    """Returns the last and the best evaluation of each run on one split.
+
+    The best is the largest accuracy of all evaluations. On test data it is chosen with the test labels, so it
+    flatters; compare methods by the final value.
+
+    Args:
+        evaluation: the table ``eval``, ordered by step within a run.
+        split: which data: ``test`` or ``validation``.
+
+    Returns:
+        Index ``run``; ``evaluations`` (count), ``final_accuracy``, ``final_loss``, ``best_accuracy`` and
+        ``best_epoch`` (the first that reached it). Accuracies are shares. A run whose every accuracy is NaN
+        has NaN for its best.
+    """
+    rows = evaluation[evaluation["split"] == split]
+    grouped = rows.groupby("run", sort=False)
+    last = rows.drop_duplicates("run", keep="last").set_index("run")
+    # NaN compares below every accuracy; dropping it first leaves runs without any number out of `best`.
+    valid = rows.dropna(subset="accuracy")
+    best = valid.loc[valid.groupby("run", sort=False)["accuracy"].idxmax()].set_index("run")
+    return pd.DataFrame(
+        {
+            "evaluations": grouped.size(),
+            "final_accuracy": last["accuracy"],
+            "final_loss": last["loss"],
+            "best_accuracy": best["accuracy"].reindex(last.index),
+            "best_epoch": best["epoch"].reindex(last.index),
+        }
+    )
+
+
+def not_finite(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
+    """Returns where a column stops being a finite number.
+
+    Returns:
+        Index ``run``, only runs that have such rows; ``rows`` (count) and ``first_step``.
+    """
+    bad = table[~np.isfinite(table[column])]
+    grouped = bad.groupby("run", sort=False)["step"]
+    return pd.DataFrame({"rows": grouped.size(), "first_step": grouped.min()})

@@ -1,0 +1,75 @@
+"""Where an agent stands in its job: hosts, node number, which of the job's agents it is."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from submitit import JobEnvironment
+
+from hpcsngd.launch.plan import Plan
+
+_RESTARTS = "SLURM_RESTART_COUNT"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an agent stands.
+
+    Attributes:
+        job_id: the scheduler's id of the job.
+        hosts: host names of the job's nodes, in the scheduler's order.
+        node: number of this node, from 0.
+        index: number of this agent in the job; in per_rank mode the rank.
+        local_index: number of this agent on its node; in per_rank mode the local rank.
+        agents: agents in the job.
+        restarts: how often the scheduler has started the job again.
+        host: this node's host name, by its own word.
+    """
+
+    job_id: str
+    hosts: tuple[str, ...]
+    node: int
+    index: int
+    local_index: int
+    agents: int
+    restarts: int
+    host: str
+
+    @property
+    def is_leader(self) -> bool:
+        """Returns whether this is the agent that leases the port and records the outcome."""
+        return self.index == 0
+
+    def address(self, plan: Plan) -> str:
+        """Returns where workers find rank 0: the first host by the scheduler's name, loopback if local.
+
+        A host often calls itself 127.0.0.1, so its own word will not do for others.
+        """
+        return "127.0.0.1" if plan.scheduler == "local" else self.hosts[0]
+
+
+def locate() -> Place:
+    """Returns where this process stands, by the word of submitit and the scheduler."""
+    job = JobEnvironment()
+    return Place(
+        job_id=job.job_id,
+        hosts=tuple(job.hostnames),
+        node=job.node,
+        index=job.global_rank,
+        local_index=job.local_rank,
+        agents=job.num_tasks,
+        restarts=int(os.environ.get(_RESTARTS) or 0),
+        host=socket.gethostname(),
+    )
+
+
+def misfit(place: Place, plan: Plan) -> str | None:
+    """Returns how the job differs from its plan; None if it does not."""
+    wanted = plan.nodes * plan.agents_per_node
+    if len(place.hosts) != plan.nodes:
+        return f"planned {plan.nodes} node(s), the job has {len(place.hosts)}: {', '.join(place.hosts)}"
+    if place.agents != wanted:
+        return f"planned {wanted} agent(s), the job has {place.agents}"
+    return None

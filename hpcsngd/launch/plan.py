@@ -1,0 +1,261 @@
+"""What will be asked for and started: one frozen record, made by arithmetic from a resolved configuration.
+
+`make` refuses, all at once, what the site's rules or this version cannot carry out, before anything is
+written or submitted. The plan is stored in ``run.yaml``: the agent on the node does what was decided at
+submission and decides nothing again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hpcsngd.config.fields import port_range
+from hpcsngd.config.resolve import Resolved
+from hpcsngd.errors import PreflightError
+from hpcsngd.launch import container, refusals
+
+WORKER = "hpcsngd.train.worker"
+
+Directive = str | int | bool
+
+
+@dataclass(frozen=True)
+class Host:
+    """What `make` must know of the machine that submits.
+
+    Attributes:
+        machine: its architecture, such as ``x86_64``.
+        python: the interpreter that runs us; it runs the agents too.
+        exists: whether a path exists.
+        image_arch: architecture of an image file, None if it cannot be told.
+        runtime: the installed container runtime, None if there is none.
+    """
+
+    machine: str
+    python: str
+    exists: Callable[[str], bool]
+    image_arch: Callable[[str], str | None]
+    runtime: str | None = None
+
+    @classmethod
+    def here(cls) -> Host:
+        """Returns this machine."""
+        return cls(
+            machine=platform.machine(),
+            python=sys.executable,
+            exists=lambda path: Path(path).expanduser().exists(),
+            image_arch=lambda path: container.image_arch(Path(path).expanduser()),
+            runtime=next((name for name in container.RUNTIMES if shutil.which(name)), None),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one attempt of a run asks for and starts.
+
+    Attributes:
+        site_name: the site.
+        exp_name: the experiment.
+        job_name: the experiment's name as schedulers accept it.
+        scheduler: ``slurm`` or ``local``.
+        nodes: nodes of the job.
+        ranks_per_node: workers on each node.
+        gpus_per_node: GPUs asked for on each node.
+        cpus_per_rank: cores of one worker; None where the site does not count them.
+        walltime_min: minutes after which the scheduler ends the attempt.
+        mode: ``torchrun`` starts one agent per node, ``per_rank`` one agent per rank.
+        launcher: what starts the agents: ``srun`` or ``none``.
+        launch_args: more words for the launcher.
+        agent_python: the interpreter of the agents, on the nodes but outside any image.
+        python: the interpreter of the workers.
+        worker: the module that a worker runs.
+        preload: shell lines run on each node before the workers.
+        env: variables set for the workers.
+        container: words in front of the image and a worker's command; empty without an image.
+        image: the image's path; None without one.
+        gpu_visibility: ``all`` or ``one``.
+        backend: ``gloo`` or ``nccl``.
+        rendezvous_timeout_s: how long ranks wait for each other at the start, in seconds.
+        ports: first and last port that may be leased for the rendezvous.
+        directives: what the scheduler is asked, in its own names without dashes.
+        skip_options: directives that the site refuses; they are left out.
+        command_timeout_s: seconds given to one scheduler command.
+    """
+
+    site_name: str
+    exp_name: str
+    job_name: str
+    scheduler: str
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    cpus_per_rank: int | None
+    walltime_min: int
+    mode: Literal["torchrun", "per_rank"]
+    launcher: str
+    launch_args: tuple[str, ...]
+    agent_python: str
+    python: str
+    worker: str
+    preload: tuple[str, ...]
+    env: dict[str, str]
+    container: tuple[str, ...]
+    gpu_visibility: Literal["all", "one"]
+    backend: str
+    rendezvous_timeout_s: float
+    ports: tuple[int, int]
+    image: str | None = None
+    directives: dict[str, Directive] = field(default_factory=dict)
+    skip_options: tuple[str, ...] = ()
+    command_timeout_s: float = 60.0
+
+    @property
+    def world_size(self) -> int:
+        """Returns the number of workers."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def agents_per_node(self) -> int:
+        """Returns how many agents the scheduler starts on each node."""
+        return self.ranks_per_node if self.mode == "per_rank" else 1
+
+    @property
+    def cpus_per_agent(self) -> int | None:
+        """Returns the cores of one agent and its workers; None where the site does not count them."""
+        if self.cpus_per_rank is None:
+            return None
+        return self.cpus_per_rank * self.ranks_per_node // self.agents_per_node
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns plain data for ``run.yaml``; `from_record` reads it back."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Plan:
+        """Returns the plan stored in a ``run.yaml``."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+        }
+        return cls(**values)
+
+
+def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) -> Plan:
+    """Returns the plan of one attempt; writes nothing.
+
+    Args:
+        resolved: the checked configuration.
+        host: the machine that submits; default: this one.
+        worker: the module that a worker runs; only tests change it.
+
+    Raises:
+        PreflightError: the site would refuse the request, or it cannot work; every reason is named.
+    """
+    host = host or Host.here()
+    problems = refusals.find(resolved, host)
+    if problems:
+        raise PreflightError("\n".join(problems))
+    site = resolved.site
+    launch = site.launch
+    cores = site.cpus_per_node
+    plan = Plan(
+        site_name=resolved.site_name,
+        exp_name=resolved.exp_name,
+        job_name=job_name(resolved.exp_name),
+        scheduler=site.scheduler.kind,
+        nodes=resolved.nodes,
+        ranks_per_node=resolved.ranks_per_node,
+        gpus_per_node=resolved.gpus_per_node,
+        cpus_per_rank=cores // resolved.ranks_per_node if cores else None,
+        walltime_min=resolved.walltime_min,
+        mode=launch.mode,
+        launcher=launch.launcher or ("srun" if site.scheduler.kind == "slurm" else "none"),
+        launch_args=tuple(launch.args),
+        agent_python=host.python,
+        python=launch.python or ("python" if site.container else host.python),
+        worker=worker,
+        preload=tuple(site.preload),
+        env=dict(site.env),
+        container=_container(resolved, host),
+        image=str(Path(site.container.image).expanduser()) if site.container else None,
+        gpu_visibility=launch.gpu_visibility,
+        backend=_backend(launch.backend, resolved.gpus_per_node),
+        rendezvous_timeout_s=launch.rendezvous_timeout_s,
+        ports=port_range(site.master_port),
+        skip_options=tuple(site.scheduler.skip_options),
+        command_timeout_s=site.scheduler.command_timeout_s,
+    )
+    return dataclasses.replace(plan, directives=directives(resolved, plan))
+
+
+def job_name(text: str) -> str:
+    """Returns a name that every scheduler accepts: letters, digits, ``._+-``, at most 64 of them."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")[:64] or "hpcsngd"
+
+
+def directives(resolved: Resolved, plan: Plan) -> dict[str, Directive]:
+    """Returns what Slurm is asked, name without dashes -> value; ``True`` stands for a bare option.
+
+    The site's ``options`` come last and win; ``false`` there removes a directive.
+    """
+    scheduler = resolved.site.scheduler
+    wanted: dict[str, Directive | None] = {
+        "job-name": plan.job_name,
+        "nodes": plan.nodes,
+        "ntasks-per-node": plan.agents_per_node,
+        "cpus-per-task": plan.cpus_per_agent,
+        "mem": memory(resolved.site.mem_gb_per_node),
+        "time": plan.walltime_min,
+        "account": scheduler.account,
+        "partition": scheduler.partition,
+        "qos": scheduler.qos,
+        "constraint": scheduler.constraint,
+        "reservation": scheduler.reservation,
+        "wckey": scheduler.wckey,
+        "exclusive": scheduler.exclusive or None,
+        "requeue": True,
+        **_gpus(scheduler.gpu_request, plan.gpus_per_node),
+        **scheduler.options,
+    }
+    if scheduler.options.get("no-requeue"):
+        wanted["requeue"] = None
+    return {name: value for name, value in wanted.items() if value is not None and value is not False}
+
+
+def memory(mem_gb: float | None) -> str | None:
+    """Returns memory in Slurm's words: ``0`` for all, whole GB or else MB; None asks for nothing."""
+    if mem_gb is None:
+        return None
+    if mem_gb == int(mem_gb):
+        return f"{int(mem_gb)}G" if mem_gb else "0"
+    return f"{round(mem_gb * 1024)}M"
+
+
+def _gpus(request: str, gpus_per_node: int) -> dict[str, Directive | None]:
+    if not gpus_per_node or request == "none":
+        return {}
+    return {"gres": f"gpu:{gpus_per_node}"} if request == "gres" else {"gpus-per-node": gpus_per_node}
+
+
+def _backend(asked: str, gpus_per_node: int) -> str:
+    if asked != "auto":
+        return asked
+    return "nccl" if gpus_per_node else "gloo"
+
+
+def _container(resolved: Resolved, host: Host) -> tuple[str, ...]:
+    if resolved.site.container is None:
+        return ()
+    data_root = resolved.experiment.data.root or resolved.site.data_root
+    binds = [str(Path(data_root).expanduser().absolute())] if data_root else []
+    return container.exec_prefix(resolved.site.container, binds, host.runtime)

@@ -1,0 +1,151 @@
+"""Requests that are well formed but cannot work: the site's limits, its hardware, files that are not there.
+
+Each check returns sentences that name the rule, where it was written and what was asked; none raises, so that
+a person sees everything that is wrong at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hpcsngd.config.catalogue import DATASETS
+from hpcsngd.config.fields import walltime_minutes, walltime_text
+from hpcsngd.config.resolve import Resolved
+from hpcsngd.config.site import Limit
+
+if TYPE_CHECKING:
+    from hpcsngd.launch.plan import Host
+
+
+def find(resolved: Resolved, host: Host) -> list[str]:
+    """Returns why the request would fail, one sentence each; empty if nothing is known against it."""
+    return [
+        *_unsupported(resolved),
+        *_sizes(resolved),
+        *_limits(resolved),
+        *_architecture(resolved, host),
+        *_files(resolved, host),
+    ]
+
+
+def _rule(resolved: Resolved, key: str) -> str:
+    """Returns ``site key (file:line)``, or without the place where nobody wrote the key."""
+    origin = _origin(resolved, f"site.{key}")
+    where = "" if origin == "default" else f" ({origin})"
+    return f"site {resolved.site_name}, {key}{where}"
+
+
+def _origin(resolved: Resolved, key: str) -> str:
+    while key:
+        if resolved.origins.get(key, "default") != "default":
+            return resolved.origins[key]
+        key = key.rpartition(".")[0]
+    return "default"
+
+
+def _unsupported(resolved: Resolved) -> Iterator[str]:
+    site = resolved.site
+    kind = site.scheduler.kind
+    if site.status == "retired":
+        yield f"{_rule(resolved, 'status')}: the system is retired; its file is kept as a record"
+    if kind in ("lsf", "ssh"):
+        yield f"{_rule(resolved, 'scheduler.kind')}: {kind} is not supported yet; allowed: slurm, local"
+        return
+    allowed = ("srun", "none") if kind == "slurm" else ("none",)
+    launcher = site.launch.launcher
+    if launcher not in (None, *allowed):
+        yield (
+            f"{_rule(resolved, 'launch.launcher')}: {launcher} does not work with {kind} yet; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    agents = resolved.nodes * (resolved.ranks_per_node if site.launch.mode == "per_rank" else 1)
+    if kind == "slurm" and launcher == "none" and agents > 1:
+        yield f"{_rule(resolved, 'launch.launcher')}: none starts one agent, but this job needs {agents}"
+    if site.launch.gpu_visibility == "one" and site.launch.mode == "torchrun" and resolved.gpus_per_node:
+        yield (
+            f"{_rule(resolved, 'launch.gpu_visibility')}: one needs launch.mode: per_rank; "
+            "torchrun shows every rank the same GPUs"
+        )
+
+
+def _sizes(resolved: Resolved) -> Iterator[str]:
+    site = resolved.site
+    gpus, ranks = resolved.gpus_per_node, resolved.ranks_per_node
+    if site.scheduler.kind == "local" and resolved.nodes > 1:
+        yield f"{_rule(resolved, 'scheduler.kind')}: local is one node, asked: {resolved.nodes}"
+    if gpus > site.gpus_per_node:
+        yield f"{_rule(resolved, 'gpus_per_node')}: a node has {site.gpus_per_node} GPUs, asked: {gpus}"
+    if gpus and ranks > gpus:
+        yield f"{ranks} ranks per node need as many GPUs, asked: {gpus} per node"
+    if site.cpus_per_node and ranks > site.cpus_per_node:
+        yield (
+            f"{_rule(resolved, 'cpus_per_node')}: a node has {site.cpus_per_node} cores, "
+            f"asked: {ranks} ranks on it"
+        )
+
+
+def _limits(resolved: Resolved) -> Iterator[str]:
+    rows = resolved.site.limits
+    queue = resolved.site.scheduler.partition or resolved.site.scheduler.queue
+    if not rows or any(_fits(row, resolved.nodes, resolved.walltime_min, queue) for row in rows):
+        return
+    asked = f"{resolved.nodes} node(s) for {walltime_text(resolved.walltime_min)}"
+    in_queue = f" in {queue}" if queue else ""
+    allowed = "; ".join(_row(row) for row in rows)
+    yield f"{_rule(resolved, 'limits')}: {asked}{in_queue} fits no row; allowed: {allowed}"
+
+
+def _fits(row: Limit, nodes: int, walltime_min: int, queue: str | None) -> bool:
+    right_queue = row.queue is None or queue is None or row.queue == queue
+    return (
+        right_queue
+        and row.min_nodes <= nodes <= row.max_nodes
+        and walltime_min <= walltime_minutes(row.max_walltime)
+    )
+
+
+def _row(row: Limit) -> str:
+    """Returns a row as the site file has it."""
+    written = row.model_dump(exclude_defaults=True)
+    return "{" + ", ".join(f"{key}: {value}" for key, value in written.items()) + "}"
+
+
+def _architecture(resolved: Resolved, host: Host) -> Iterator[str]:
+    site = resolved.site
+    if site.scheduler.kind == "local" and site.arch not in ("any", host.machine):
+        yield f"{_rule(resolved, 'arch')}: nodes are {site.arch}, this machine is {host.machine}"
+    nodes = host.machine if site.scheduler.kind == "local" else site.arch
+    found = host.image_arch(site.container.image) if site.container else None
+    if found and nodes not in ("any", found):
+        yield (
+            f"{_rule(resolved, 'container.image')}: the image is built for {found}, the nodes are {nodes} "
+            "(it would end with 'Exec format error')"
+        )
+
+
+def _files(resolved: Resolved, host: Host) -> Iterator[str]:
+    site = resolved.site
+    if site.container and not host.exists(site.container.image):
+        yield f"{_rule(resolved, 'container.image')}: no image at {site.container.image}"
+    python = site.launch.python
+    # a bare name is found on the node, after the preload lines; a path inside an image is the image's
+    if python and "/" in python and not site.container and not host.exists(python):
+        yield f"{_rule(resolved, 'launch.python')}: no Python at {python}"
+    yield from _data(resolved, host)
+
+
+def _data(resolved: Resolved, host: Host) -> Iterator[str]:
+    data = resolved.experiment.data
+    facts = DATASETS[data.name]
+    if not facts.needs_root or data.download or any(host.exists(path) for path in facts.system_paths):
+        return
+    root = data.root or resolved.site.data_root
+    if root is None:
+        # a cluster's nodes may have the system package that this machine lacks
+        if resolved.site.scheduler.kind == "local":
+            yield f"data set {data.name} is not on this machine and no data root is set: {facts.get}"
+        return
+    if not any(host.exists(f"{root}/{probe}") for probe in facts.probes):
+        key = "experiment.data.root" if data.root else "site.data_root"
+        yield f"data set {data.name} is not below {root} ({key}, {_origin(resolved, key)}): {facts.get}"

@@ -1,0 +1,156 @@
+"""What would be submitted and run, as text: the dry run.
+
+The script comes from the executor that submits it and the commands from the functions that the agent calls,
+so this text is the deed, with ``RUN_DIR`` where the run directory's name will stand. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcsngd.config.resolve import Resolved
+from hpcsngd.launch import commands, environment, plan
+from hpcsngd.launch.executors import SlurmSiteExecutor
+from hpcsngd.launch.plan import Host, Plan
+from hpcsngd.rundir import RunDir
+
+RUN_DIR = "RUN_DIR"
+"""Stands for the run directory's name, which is made at submission."""
+
+# which key of the configuration a directive comes from; options and the rest are found by name
+_CAUSES: dict[str, str] = {
+    "job-name": "the experiment's name",
+    "nodes": "experiment.resources.nodes|site.nodes",
+    "ntasks-per-node": "site.launch.mode",
+    "cpus-per-task": "site.cpus_per_node",
+    "gpus-per-node": "experiment.resources.gpus_per_node|site.gpus_per_node",
+    "gres": "experiment.resources.gpus_per_node|site.gpus_per_node",
+    "mem": "site.mem_gb_per_node",
+    "time": "experiment.resources.walltime|site.walltime",
+    "requeue": "hpcsngd: a node's failure puts the job back in the queue",
+    "signal": "submitit: seconds of warning before the limit",
+    "open-mode": "submitit: a requeued job keeps its logs",
+    "output": "submitit's folder",
+    "error": "submitit's folder",
+}
+
+_COMMAND_KEYS = (
+    "site.launch.mode",
+    "site.launch.python",
+    "site.launch.rendezvous_timeout_s",
+    "site.master_port",
+    "site.preload",
+    "site.container.image",
+    "site.container.binds",
+    "site.container.gpu_flag",
+    "site.container.args",
+)
+
+
+def script(made: Plan, run_dir: Path) -> str:
+    """Returns the text that is submitted to Slurm for a run directory."""
+    return SlurmSiteExecutor(RunDir(run_dir).submit_dir, made).script
+
+
+def dry_run(resolved: Resolved, *, host: Host | None = None) -> str:
+    """Returns what a submission would send and run, and why; writes nothing.
+
+    Args:
+        resolved: the checked configuration.
+        host: the machine that submits; default: this one.
+
+    Raises:
+        PreflightError: as a submission would.
+    """
+    made = plan.make(resolved, host=host)
+    run_dir = Path(resolved.site.run_root).expanduser().absolute() / RUN_DIR
+    blocks = [_headline(made)]
+    if made.scheduler == "slurm":
+        text = script(made, run_dir)
+        blocks += [
+            f"# --- script for sbatch\n{text.rstrip()}",
+            "# --- where it comes from\n" + explain(text, resolved),
+        ]
+    else:
+        blocks.append(
+            f"# --- started on this machine, in a session of its own\n{_local_command(made, run_dir)}"
+        )
+    blocks += [
+        _workers(made, run_dir),
+        "# --- where it comes from\n" + _origins(_COMMAND_KEYS, resolved),
+        "# --- environment of the workers\n" + _environment(made, resolved),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def explain(text: str, resolved: Resolved) -> str:
+    """Returns one line per directive of a script: the directive, its cause, and the file and line of it."""
+    rows = []
+    for name in re.findall(r"^#SBATCH --([A-Za-z0-9-]+)", text, flags=re.MULTILINE):
+        cause, where = _cause(name, resolved)
+        rows.append(f"--{name:<18} {cause:<40} {where}".rstrip())
+    return "\n".join(rows)
+
+
+def _cause(name: str, resolved: Resolved) -> tuple[str, str]:
+    if f"site.scheduler.options.{name}" in resolved.origins:
+        key = f"site.scheduler.options.{name}"
+        return key, resolved.origins[key]
+    keys = _CAUSES.get(name, f"site.scheduler.{name}").split("|")
+    for key in keys:
+        if resolved.origins.get(key, "default") != "default":
+            return key, resolved.origins[key]
+    return keys[-1], resolved.origins.get(keys[-1], "")
+
+
+def _origins(keys: Sequence[str], resolved: Resolved) -> str:
+    return "\n".join(f"{key:<61} {resolved.origins[key]}" for key in keys if key in resolved.origins)
+
+
+def _headline(made: Plan) -> str:
+    gpus = f", {made.gpus_per_node} GPU(s) per node" if made.gpus_per_node else ", no GPUs"
+    return (
+        f"# {made.exp_name} on {made.site_name}: {made.nodes} node(s) x {made.ranks_per_node} rank(s){gpus}, "
+        f"{made.walltime_min} min, {made.mode}, {made.backend}\n"
+        f"# {RUN_DIR} stands for the directory that a submission makes. Nothing was written."
+    )
+
+
+def _local_command(made: Plan, run_dir: Path) -> str:
+    words = [made.agent_python, "-u", "-m", "submitit.core._submit", str(RunDir(run_dir).submit_dir)]
+    return f"# agents: {made.agents_per_node}\n{shlex.join(words)}"
+
+
+def _workers(made: Plan, run_dir: Path) -> str:
+    first, last = made.ports
+    port = f"# PORT: leased on node 0 at the start, {first if first == last else f'{first}-{last}'}"
+    address, legend = ("127.0.0.1", [port])
+    if made.scheduler != "local":
+        address, legend = "HOST0", ["# HOST0: the first host that Slurm gives", port]
+    if made.mode == "per_rank":
+        title = "# --- each rank runs, with RANK and LOCAL_RANK of its own and"
+        legend.append(f"# WORLD_SIZE={made.world_size} MASTER_ADDR={address} MASTER_PORT=PORT")
+        words = commands.rank_command(made, str(run_dir), 1)
+    else:
+        nodes = f"0 to {made.nodes - 1}" if made.nodes > 1 else "0"
+        title = f"# --- each node runs, with NODE its number ({nodes}),"
+        words = commands.node_command(made, str(run_dir), 1, node="NODE", address=address, port="PORT")
+    return "\n".join([title, *legend, _readable(words)])
+
+
+def _readable(words: Sequence[str]) -> str:
+    """Returns ``bash -c TEXT ...`` as shell text that does the same, with TEXT on lines of its own."""
+    bash, option, text, *rest = words
+    return f"shell=$(cat <<'END'\n{text}\nEND\n)\n{bash} {option} \"$shell\" {shlex.join(rest)}"
+
+
+def _environment(made: Plan, resolved: Resolved) -> str:
+    set_for_all = environment.worker_environment({}, made)
+    rows = ["# the submitter's, without scheduler and launcher variables, and:"]
+    for name, value in sorted(set_for_all.items()):
+        where = resolved.origins.get(f"site.env.{name}", "hpcsngd")
+        rows.append(f"{f'{name}={shlex.quote(value)}':<60} {where}")
+    return "\n".join(rows)

@@ -1,0 +1,193 @@
+"""Slurm's words: parse what its programs print, map its states to ours. One place runs the programs.
+
+Parsing is pure and tested on recorded output. `command_output` is the only subprocess, always with a time
+limit: a controller that is down lets its clients hang for minutes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hpcsngd.errors import SchedulerError
+
+PENDING, RUNNING, ENDED, UNKNOWN = "pending", "running", "ended", "unknown"
+
+# job state codes of squeue(1) and sacct(1), Slurm 20.02 to 24.11
+_PHASES: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "PENDING",
+            "CONFIGURING",
+            "REQUEUED",
+            "REQUEUE_FED",
+            "REQUEUE_HOLD",
+            "RESV_DEL_HOLD",
+            "SPECIAL_EXIT",
+            "POWER_UP_NODE",
+        ),
+        PENDING,
+    ),
+    **dict.fromkeys(
+        ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "EXPEDITING"),
+        RUNNING,
+    ),
+    **dict.fromkeys(
+        (
+            "BOOT_FAIL",
+            "CANCELLED",
+            "COMPLETED",
+            "DEADLINE",
+            "FAILED",
+            "LAUNCH_FAILED",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "PREEMPTED",
+            "RECONFIG_FAIL",
+            "REVOKED",
+            "TIMEOUT",
+        ),
+        ENDED,
+    ),
+}
+
+# state -> (our state, fault kind, what to tell people) for a job that ended without a status of its own
+_ENDINGS: dict[str, tuple[str, str, str]] = {
+    "BOOT_FAIL": ("failed", "node_failure", "a node did not boot"),
+    "CANCELLED": ("cancelled", "killed", "the job was cancelled"),
+    "DEADLINE": ("cancelled", "killed", "the job could not meet its deadline"),
+    "FAILED": ("failed", "unknown", "the job failed"),
+    "LAUNCH_FAILED": ("failed", "node_failure", "the job could not be launched"),
+    "NODE_FAIL": ("failed", "node_failure", "a node failed"),
+    "OUT_OF_MEMORY": ("failed", "out_of_memory", "the job used more memory than it asked for"),
+    "PREEMPTED": ("preempted", "preempted", "the job was preempted"),
+    "REVOKED": ("cancelled", "killed", "the job was revoked"),
+    "TIMEOUT": ("timeout", "walltime", "the job reached its time limit"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm says about one job.
+
+    Attributes:
+        job_id: its id; ``123_4`` for a member of an array.
+        state: the state's first word, such as ``CANCELLED``.
+        detail: what else the state said (``by 0``) and the reason, if any.
+    """
+
+    job_id: str
+    state: str
+    detail: str = ""
+
+    @property
+    def phase(self) -> str:
+        """Returns `PENDING`, `RUNNING`, `ENDED` or, for a word we do not know, `UNKNOWN`."""
+        return _PHASES.get(self.state, UNKNOWN)
+
+    def ending(self) -> tuple[str, str, str]:
+        """Returns our state, the fault kind and a sentence for a job that ended and left no status.
+
+        ``COMPLETED`` is a failure here: a job that succeeds writes its status before it ends.
+        """
+        state, kind, text = _ENDINGS.get(self.state, ("failed", "unknown", "the job ended without a status"))
+        detail = f" {self.detail}" if self.detail else ""
+        return state, kind, f"{text} (Slurm: {self.state}{detail})"
+
+
+SQUEUE = ("squeue", "--noheader", "--states=all", "--format=%i|%T|%r", "--jobs")
+SACCT = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason", "--jobs")
+
+
+def parse_jobs(text: str) -> dict[str, Job]:
+    """Returns job id -> job for lines ``id|state|reason`` of squeue or sacct; other lines are ignored.
+
+    Steps (``12.batch``) are ignored; a later line of the same id wins, as in ``sacct --duplicates``.
+    """
+    jobs = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) < 2 or not cells[0] or "." in cells[0] or not cells[1]:
+            continue
+        jobs[cells[0]] = _job(*cells[:3])
+    return jobs
+
+
+def _job(job_id: str, state: str, reason: str = "") -> Job:
+    # sacct writes "CANCELLED by 1000", and "CANCELLED+" where the column is too narrow
+    word, _, rest = state.partition(" ")
+    words = [rest.strip(), "" if reason in ("None", "") else reason]
+    return Job(job_id, word.rstrip("+"), ", ".join(part for part in words if part))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm said.
+
+    Attributes:
+        jobs: what it knows, by job id.
+        is_complete: whether a job that is not listed has left the queue; false if squeue could not be asked.
+        complaints: what the programs that failed said.
+    """
+
+    jobs: Mapping[str, Job]
+    is_complete: bool = True
+    complaints: tuple[str, ...] = ()
+
+
+def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
+    """Returns what Slurm knows of these jobs: one squeue, and one sacct for those it does not list.
+
+    squeue answers from the controller and is never late; sacct remembers longer, but lags by seconds and is
+    switched off at some sites.
+    """
+    queue, queue_complaint = _listed(SQUEUE, job_ids, timeout_s)
+    missing = [job_id for job_id in job_ids if job_id not in queue]
+    past, past_complaint = _listed(SACCT, missing, timeout_s) if missing else ({}, "")
+    complaints = tuple(filter(None, (queue_complaint, past_complaint)))
+    return Answer(past | queue, not queue_complaint, complaints)
+
+
+def _listed(program: Sequence[str], job_ids: Sequence[str], timeout_s: float) -> tuple[dict[str, Job], str]:
+    try:
+        return parse_jobs(command_output([*program, ",".join(job_ids)], timeout_s=timeout_s)), ""
+    except SchedulerError as error:
+        # squeue refuses a single id that it has forgotten: that is an answer, not a failure
+        return {}, "" if "Invalid job id" in str(error) else str(error)
+
+
+def command_output(words: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None) -> str:
+    """Returns what a scheduler's program prints.
+
+    Raises:
+        SchedulerError: it is missing, fails or does not answer in time; with its own words.
+    """
+    name = words[0]
+    try:
+        done = subprocess.run(
+            list(words),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+            env=env,
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise SchedulerError(f"{name} is not installed here or not in PATH; is this a login node?") from error
+    except PermissionError as error:
+        raise SchedulerError(f"{name} cannot be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise SchedulerError(f"{name} did not answer within {timeout_s:g} s") from error
+    if done.returncode:
+        raise SchedulerError(f"{name} refused: {_one_line(done.stderr or done.stdout) or 'no reason given'}")
+    return done.stdout
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(_nonempty(text.splitlines()))
+
+
+def _nonempty(lines: Iterable[str]) -> list[str]:
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,146 @@
+"""Submission and waiting: from a resolved configuration to a job, and from a job to its status.
+
+The run directory is made before the job, so that nothing is lost. If the scheduler refuses the job or does
+not answer, the directory stays, with a failed status that quotes it; the script is in its ``submit/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit.core.utils import FailedSubmissionError
+
+from hpcsngd import rundir
+from hpcsngd.config.resolve import Resolved
+from hpcsngd.errors import SchedulerError
+from hpcsngd.launch import plan, processes, provenance, status
+from hpcsngd.launch.agent import NodeAgent
+from hpcsngd.launch.executors import LocalSiteExecutor, SlurmSiteExecutor
+from hpcsngd.launch.plan import Plan
+from hpcsngd.rundir import Fault, RunDir, Status
+
+log = logging.getLogger(__name__)
+
+ENDED_POLLS = 3
+"""A job must be gone in so many polls before its silence counts: its status may be on its way to us."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A submitted run and the scheduler's id of its job (the controller's process id on a local site)."""
+
+    run: RunDir
+    job_id: str
+
+
+def submit(
+    resolved: Resolved, *, argv: Sequence[str], run_root: Path | None = None, worker: str = plan.WORKER
+) -> Submitted:
+    """Makes a run directory and submits its first attempt.
+
+    Args:
+        resolved: the checked configuration.
+        argv: the command line, for the record.
+        run_root: folder in which the run directory is made; default: the site's.
+        worker: the module that a worker runs; only tests change it.
+
+    Raises:
+        PreflightError: the request cannot work on this site, or the run root cannot be written.
+        SchedulerError: the scheduler is missing, refuses or does not answer.
+    """
+    made = plan.make(resolved, worker=worker)
+    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise SchedulerError(
+            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
+            "(--dry-run works anywhere)"
+        )
+    root = (run_root or Path(resolved.site.run_root)).expanduser().absolute()
+    record = {
+        "config": resolved.to_record(),
+        "plan": made.to_record(),
+        "provenance": provenance.collect(argv),
+    }
+    run = rundir.create(root, made.job_name, record)
+    _say_what_is_dropped()
+    try:
+        job_id = _send(run, made)
+    except (SchedulerError, FailedSubmissionError) as error:
+        reason = f"not submitted: {error}"
+        fault = Fault("configuration", reason, socket.gethostname(), node=0)
+        run.write_status(Status("failed", reason, 1, fault=dataclasses.asdict(fault)))
+        raise SchedulerError(f"{error} (recorded in {run.path})") from error
+    return Submitted(run, job_id)
+
+
+def _say_what_is_dropped() -> None:
+    names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+    if names:
+        log.warning("ignored, because they would override the script: %s", ", ".join(names))
+
+
+def _send(run: RunDir, made: Plan) -> str:
+    run.submit_dir.mkdir()
+    executor_class = SlurmSiteExecutor if made.scheduler == "slurm" else LocalSiteExecutor
+    executor = executor_class(run.submit_dir, made)
+    job_id = str(executor.submit(NodeAgent(str(run.path), 1)).job_id)
+    facts: dict[str, str | int | None] = {
+        "scheduler": made.scheduler,
+        "job_id": job_id,
+        "host": socket.gethostname(),
+        "utc": rundir.utc_now(),
+    }
+    if made.scheduler == "local":
+        facts["start_ticks"] = processes.start_ticks(int(job_id))
+    rundir.write_yaml(run.attempt(1).submitted_yaml, facts)
+    return job_id
+
+
+def wait(
+    run: RunDir,
+    *,
+    poll_s: float | None = None,
+    on_update: Callable[[status.RunState], None] | None = None,
+) -> Status:
+    """Waits until a run has ended and returns its status.
+
+    A job that is gone without a status gets one here, from the scheduler's word; it is never success. While
+    the scheduler cannot be asked, waiting goes on. Ctrl-C raises KeyboardInterrupt and changes nothing: the
+    run goes on.
+
+    Args:
+        run: the run.
+        poll_s: seconds between looks; default: the site's.
+        on_update: called after each look.
+
+    Raises:
+        RunDirError: the run directory is damaged.
+    """
+    pause_s = poll_s if poll_s is not None else float(run.record()["config"]["site"]["scheduler"]["poll_s"])
+    silent_polls = 0
+    while True:
+        state = status.states([run])[0]
+        if on_update:
+            on_update(state)
+        if found := status.current(run):
+            return found
+        silent_polls = silent_polls + 1 if state.has_ended else 0
+        if silent_polls >= ENDED_POLLS:
+            return _write_ending(run, state)
+        time.sleep(pause_s)
+
+
+def _write_ending(run: RunDir, state: status.RunState) -> Status:
+    """Writes the status of a run whose job is gone without one."""
+    fault = Fault(state.fault_kind, state.reason, state.host or socket.gethostname(), node=0)
+    name = "failed" if state.state == "lost" else state.state
+    ending = Status(name, fault.line(), state.attempt, fault=dataclasses.asdict(fault))
+    run.write_status(ending)
+    return ending

@@ -1,0 +1,99 @@
+"""Causes of failures, from logs recorded with torch 2.13 (tests/data/logs) and from single lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpcsngd.launch import verdict
+
+LOGS = Path(__file__).parents[1] / "data" / "logs"
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "kind", "words"),
+    [
+        ("import", 1, "import_error", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("nomodule", 1, "import_error", "No module named 'no'"),
+        ("kill", 1, "killed", "a worker was ended by SIGKILL (signal 9)"),
+        ("taken", 1, "rendezvous", "port: 29533, useIpv6: false, code: -98, name: EADDRINUSE"),
+        ("absent", 1, "rendezvous", "while trying to connect to (127.0.0.1, 29534)"),
+        ("nohost", 1, "rendezvous", "while trying to connect to (nosuchhost, 29534)"),
+        ("arch", 126, "architecture", "cannot execute binary file: Exec format error"),
+        ("notfound", 127, "configuration", "exec: nopython: not found"),
+        ("boom", 1, "unknown", "exit status 1; last exception: RuntimeError: the sky fell"),
+    ],
+)
+def test_recorded_logs(log: str, status: int, kind: str, words: str) -> None:
+    found = verdict.classify((LOGS / f"{log}.log").read_text().splitlines(), status)
+    assert found.kind == kind
+    assert words in found.message
+    assert "\n" not in found.message
+    assert found.evidence or log == "kill"  # a killed worker says nothing
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", "out_of_memory"),
+        ("[rank3]: torch.cuda.OutOfMemoryError: HIP out of memory. Tried to allocate", "out_of_memory"),
+        ("MemoryError", "out_of_memory"),
+        ("numpy.core._exceptions.MemoryError: Unable to allocate 8.00 EiB", "out_of_memory"),
+        (
+            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried",
+            "out_of_memory",
+        ),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=12.0.", "out_of_memory"),
+        ("OSError: [Errno 28] No space left on device", "quota"),
+        ("OSError: [Errno 122] Disk quota exceeded: '/home/x'", "quota"),
+        ("bash: line 3: 4711 Killed                  python train.py", "killed"),
+        ("FATAL: the image's architecture (amd64) could not run on the host's (ppc64le)", "architecture"),
+        ("hpcsngd: preload line 2 failed: module load cuda/99", "configuration"),
+        ("ImportError: libcudart.so.12: cannot open shared object file", "import_error"),
+        (
+            "RuntimeError: Gloo connectFullMesh failed with [/x/gloo/transport/tcp/pair.cc:144] no error",
+            "rendezvous",
+        ),
+        ("socket.gaierror: [Errno -2] Name or service not known", "rendezvous"),
+    ],
+)
+def test_single_lines(line: str, kind: str) -> None:
+    found = verdict.classify(["before", line, "after"], 1)
+    assert found.kind == kind
+    assert any(line.endswith(text) for text in found.evidence)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "optional package missing, caught ImportError: no cupy",
+        "will retry on address in use by somebody",
+        "Killedeer is a bird",
+        "the loss is not a number",
+        "[W1121 11:19:00.344903457 socket.cpp:764] [c10d] (gai error: -2 - Name or service not known).",
+    ],
+)
+def test_other_words_name_no_cause(line: str) -> None:
+    found = verdict.classify([line], 3)
+    assert (found.kind, found.message) == ("unknown", "the workers ended with exit status 3")
+    assert found.evidence == [line]
+
+
+def test_a_real_cause_goes_before_its_echo_in_other_ranks() -> None:
+    echo = "torch.distributed.DistNetworkError: Connection reset by peer"
+    found = verdict.classify([echo, "[rank1]: MemoryError"], 1)
+    assert (found.kind, found.message) == ("out_of_memory", "MemoryError")
+
+
+@pytest.mark.parametrize(("log", "status"), [("exit75", 75), ("kill", -9), ("boom", 1), ("taken", 1)])
+def test_the_first_workers_exit_status_comes_from_torchruns_report(log: str, status: int) -> None:
+    assert verdict.worker_exit((LOGS / f"{log}.log").read_text().splitlines(), 1) == status
+
+
+def test_only_torchs_word_about_this_port_means_that_it_was_taken() -> None:
+    lines = (LOGS / "taken.log").read_text().splitlines()
+    assert verdict.is_port_taken(lines, 29533)
+    assert not verdict.is_port_taken(lines, 29534)
+    older = "The server socket has failed to bind to [::]:29500 (errno: 98 - Address already in use)."
+    assert verdict.is_port_taken([older], 29500)

@@ -1,0 +1,108 @@
+"""P ranks equal one process on the joined batch, whatever the shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.optim import oracle, training
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.dist
+
+# Sums are taken in another order on several ranks: rounding, amplified by the kernel's condition number.
+TOLERANCE = 1e-9
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sngd": {"damping": 0.05},
+    "kis": {"damping": 0.05, "method": "kis", "ratio": 0.4, "seed": 3},
+}
+
+
+def same(found: list[Tensor], expected: list[Tensor], tolerance: float = TOLERANCE) -> None:
+    for left, right in zip(found, expected, strict=True):
+        assert oracle.relative_error(left, right) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "method"),
+    [
+        ("mlp", [12], "kis"),
+        ("mlp", [6, 6], "sngd"),
+        ("mlp", [3, 7, 2], "kis"),
+        ("mlp", [5, 0, 6, 1], "sngd"),
+        ("conv", [6, 6], "kis"),
+        ("conv", [3, 7, 2], "sngd"),
+        ("conv", [5, 0, 6, 1], "kis"),
+    ],
+    ids=str,
+)
+def test_ranks_equal_one_process(kind: str, sizes: list[int], method: str) -> None:
+    expected = training.train(kind, [sum(sizes)], 3, OPTIONS[method])
+    results = run_on_ranks(training.train, len(sizes), kind, sizes, 3, OPTIONS[method])
+    for result in results:
+        same(result["gradients"], expected["gradients"])
+        # Every rank has exactly the same result: replicas do not drift apart.
+        same(result["gradients"], results[0]["gradients"], tolerance=0)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 1), (2, 2), (4, 2)])
+def test_ddp_with_default_scale(ranks: int, micro_batches: int) -> None:
+    expected = training.train_with_ddp(3, 1)
+    for result in run_on_ranks(training.train_with_ddp, ranks, 3, micro_batches):
+        same(result, expected)
+
+
+def test_kis_keeps_the_same_samples_on_every_rank() -> None:
+    first, *others = run_on_ranks(training.train, 3, "mlp", [3, 7, 2], 2, OPTIONS["kis"])
+    for other in others:
+        for name, layer in first["state"]["hylo"]["layers"].items():
+            assert len(layer["a"]) == 5
+            assert torch.equal(layer["a"], other["state"]["hylo"]["layers"][name]["a"])
+
+
+@pytest.mark.parametrize("sizes", [[12], [4, 4, 4]], ids=str)
+def test_resume_on_another_number_of_ranks(sizes: list[int]) -> None:
+    options = {**OPTIONS["kis"], "refresh_every": 3}
+    expected = training.train("mlp", [12], 6, options)
+    (saved, _) = run_on_ranks(training.train, 2, "mlp", [5, 7], 4, options)
+    resumed = run_on_ranks(training.train, len(sizes), "mlp", sizes, 6, options, saved["state"])
+    for result in resumed:
+        same(result["gradients"], expected["gradients"])
+
+
+@pytest.mark.parametrize(("fault", "layers"), [("rows", 1), ("kernel", 2)])
+def test_a_fault_on_one_rank_is_everybodys(fault: str, layers: int) -> None:
+    results = run_on_ranks(training.train_through_a_fault, 2, 3, fault)
+    assert [result["failures"] for result in results] == [layers, layers]
+    for left, right in zip(results[0]["gradients"], results[1]["gradients"], strict=True):
+        same(left, right, tolerance=0)
+        assert all(bool(gradient.isfinite().all()) for gradient in left)
+
+
+def test_bytes_are_counted() -> None:
+    sizes = [3, 7, 2]
+    layers = [(6, 6), (7, 3)]
+    widths = sum(d_in + d_out for d_in, d_out in layers)
+    for method, keep in (("sngd", None), ("kis", 5)):
+        records = [
+            run["records"]
+            for run in run_on_ranks(
+                training.train, 3, "mlp", sizes, 2, {**OPTIONS[method], "refresh_every": 2}
+            )
+        ]
+        refresh, plain = records[0]
+        counted = {(item.phase, item.op): (item.calls, item.size_bytes) for item in refresh.communication}
+        assert plain.communication == ()
+        assert counted["factorise", "all_reduce"] == (1, 2 * 8)
+        calls, size = counted["gather", "all_gather"]
+        if keep is None:
+            # Row counts, then the rows, padded to the largest share.
+            assert (calls, size) == (2, 2 * 8 + 7 * widths * 8)
+        else:
+            # Row counts, scores, then kept rows only: at most all five from one rank.
+            assert calls == 3
+            assert 2 * 8 + 7 * 2 * 8 < size <= 2 * 8 + 7 * 2 * 8 + keep * widths * 8
