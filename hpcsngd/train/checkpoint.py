@@ -162,6 +162,9 @@ def _verify(folder: Path) -> tuple[str, dict[str, Any]]:
         manifest = rundir.read_yaml(folder / MANIFEST)
         if manifest.get("schema") != SCHEMA:
             return f"{folder.name} has schema {manifest.get('schema')!r}, this version knows {SCHEMA}", {}
+        complete = {COMMON, *(_own_file(rank) for rank in range(manifest["world_size"]))}
+        if manifest["step"] != _step_of(folder) or set(manifest["files"]) != complete:
+            return f"{folder.name}/{MANIFEST} does not list the files of this checkpoint", {}
         for name, facts in manifest["files"].items():
             data = (folder / name).read_bytes()
             if len(data) != facts["size_bytes"]:

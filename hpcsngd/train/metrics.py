@@ -109,14 +109,13 @@ class Recorder:
         first_step: int = 0,
     ) -> None:
         self._attempt, self._steps_per_epoch, self._started = attempt, steps_per_epoch, started
-        wanted = _tables(diagnostics)
         is_first = dist.rank() == 0
+        self._sink = _tensorboard(run, first_step) if diagnostics.tensorboard and is_first else None
         self._files = {
             name: CsvWriter(run.metrics(name, dist.rank()), TABLES[name])
-            for name in wanted
+            for name in _tables(diagnostics)
             if is_first or TABLES[name].per_rank
         }
-        self._sink = _tensorboard(run, first_step) if diagnostics.tensorboard and is_first else None
 
     def train(self, progress: Progress, lr: float) -> None:
         """Writes a row of train.csv from the sums since the last one."""
@@ -193,7 +192,10 @@ class Recorder:
         for error in record.grad_error:
             self._put("grad_error", **self._place(step), **_without_step(error))
 
-    def close(self) -> None:
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Closes all files."""
         for file in self._files.values():
             file.close()

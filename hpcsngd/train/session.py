@@ -67,19 +67,19 @@ def train(run: RunDir, attempt: int, device: torch.device, *, started: float) ->
         first_step=progress.step,
     )
     train_batches, test_batches = _loaders(config, splits, sampler, device)
-    trainer = Trainer(
-        config,
-        parts,
-        sampler=sampler,
-        train=train_batches,
-        test=test_batches,
-        recorder=recorder,
-        checkpoints=checkpoints,
-        stop_file=run.attempt(attempt).stop_request,
-        progress=progress,
-    )
-    is_finished = trainer.run()
-    recorder.close()
+    with recorder:
+        trainer = Trainer(
+            config,
+            parts,
+            sampler=sampler,
+            train=train_batches,
+            test=test_batches,
+            recorder=recorder,
+            checkpoints=checkpoints,
+            stop_file=run.attempt(attempt).stop_request,
+            progress=progress,
+        )
+        is_finished = trainer.run()
     if is_finished and dist.rank() == 0:
         result = _result(config, progress, parts.model) | {"wall_s": recorder.wall_s}
         rundir.write_yaml(run.attempt(attempt).finished_yaml, result)

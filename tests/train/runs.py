@@ -60,8 +60,8 @@ def train_with_dropout(run: RunDir, attempt: int = 1) -> bool:
     return train(run, attempt)
 
 
-def train_until_killed(run: RunDir, attempt: int, step: int, place: str, *, with_dropout: bool) -> None:
-    """Trains until every rank kills itself.
+def train_until_killed(run: RunDir, attempt: int, step: int, place: str) -> None:
+    """Trains, with dropout, until every rank kills itself.
 
     Args:
         run: the run.
@@ -69,7 +69,6 @@ def train_until_killed(run: RunDir, attempt: int, step: int, place: str, *, with
         step: the step (counted from 1) in which it happens.
         place: ``step``, between backward and update; or ``checkpoint``, when the files are written and the
             folder does not have its name yet.
-        with_dropout: which net.
     """
     owner, name = {"step": (loop.Trainer, "_update"), "checkpoint": (Checkpoints, "_publish")}[place]
     original = getattr(owner, name)
@@ -81,7 +80,15 @@ def train_until_killed(run: RunDir, attempt: int, step: int, place: str, *, with
         return original(self, *args)
 
     setattr(owner, name, deadly)
-    (train_with_dropout if with_dropout else train)(run, attempt)
+    train_with_dropout(run, attempt)
+
+
+def train_until_stopped(run: RunDir, step: int) -> None:
+    """Trains until a stop request is seen in a step (counted from 1)."""
+    loop.Trainer._sees_stop_request = (  # type: ignore[method-assign]
+        lambda self: self.progress.step + 1 == step
+    )
+    assert not train(run)
 
 
 def dropout_net(num_classes: int, in_channels: int, image_size: int, *, width: int) -> nn.Module:
