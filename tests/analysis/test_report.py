@@ -267,6 +267,12 @@ def test_one_run_without_rows(tmp_path: Path) -> None:
     assert not page.all("button")
 
 
+def test_one_run_needs_no_name_in_its_summary(tmp_path: Path) -> None:
+    words = page_of(tmp_path, EXAMPLES / "complete").words
+    assert re.search(r"1 run: 1 completed\. Final test accuracy: 82\.50.%, after 3 epochs\.", words)
+    assert re.search(r"Best test accuracy at any evaluation: 85\.00.%, at epoch 2\.", words)
+
+
 def test_fifty_runs(tmp_path: Path) -> None:
     for number in range(50):
         tables = {"train": [{"step": 1}], "eval": [{"step": 1, "split": "test", "accuracy": number / 50}]}
