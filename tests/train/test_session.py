@@ -72,6 +72,15 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
     assert rows(first, "train") != rows(other, "train")
 
 
+@pytest.mark.slow
+def test_loader_processes_change_nothing(tmp_path: Path) -> None:
+    alone, helped = make_run(tmp_path), make_run(tmp_path, **{"data.workers": 2})
+    for run in (alone, helped):
+        assert train(run)
+    assert_same_weights(alone, helped)
+    assert rows(alone, "eval") == rows(helped, "eval")
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 @pytest.mark.parametrize("stop_after", [5, 13])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
