@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from hpcsngd import rundir
+from hpcsngd.config.catalogue import DATASETS
+from hpcsngd.config.resolve import load_experiment
+from hpcsngd.resources import named_files
 from hpcsngd.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -162,6 +165,21 @@ def test_refusals_write_nothing(tmp_path: Path, args: tuple[str, ...], code: int
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", list(named_files("jobs")))
+def test_every_shipped_experiment_trains_on_its_real_data(tmp_path: Path, name: str) -> None:
+    facts = DATASETS[load_experiment(name).data.name]
+    if facts.needs_root and not any(Path(path).exists() for path in facts.system_paths):
+        assert os.environ.get("CI") != "true", f"continuous integration must have the data: {facts.get}"
+        pytest.skip(f"no data for {name}: {facts.get}")
+    small = ("data.train_limit=128", "data.test_limit=64", "epochs=1", "batch_size=32", "ranks_per_node=2")
+    sets = [word for text in small for word in ("--set", text)]
+    done = hpcsngd("submit", "--site", "local", "--exp", name, *sets, "--wait", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["status"]["result"]
+    assert (result["epochs"], result["steps"]) == (1, 2)
+    assert result["test_loss"] < 3  # ten classes: chance is 2.3
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
