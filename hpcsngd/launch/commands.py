@@ -12,8 +12,6 @@ from hpcsngd.launch.plan import Plan
 
 PRELOAD_FAILED = 98
 """Exit status of the shell when a preload line failed."""
-STOPPED_ON_REQUEST = 75
-"""Exit status of a worker that checkpointed and left because it was asked to (EX_TEMPFAIL)."""
 
 
 def shell_text(preload: Sequence[str]) -> str:

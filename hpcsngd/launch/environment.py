@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hpcsngd.handover import BACKEND, DEVICE
 from hpcsngd.launch.plan import Plan
 
 SCHEDULER_PREFIXES = (
@@ -46,11 +47,6 @@ RANK_NAMES = frozenset(
 KEPT = frozenset({"SLURM_CONF", "LSF_ENVDIR", "LSF_SERVERDIR"})
 
 DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-
-DEVICE = "HPCSNGD_DEVICE"
-"""The worker's device: ``cpu``, ``cuda:<index>``, or ``cuda`` for the one numbered LOCAL_RANK."""
-BACKEND = "HPCSNGD_BACKEND"
-"""The worker's torch.distributed backend: ``gloo`` or ``nccl``."""
 
 
 def is_leftover(name: str) -> bool:

@@ -13,10 +13,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hpcsngd import rundir
+from hpcsngd import handover, rundir
 from hpcsngd.errors import RunFailedError
 from hpcsngd.launch import verdict
-from hpcsngd.launch.commands import STOPPED_ON_REQUEST
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
@@ -96,7 +95,7 @@ def conclude(context: Context, ended: Ended, stop: Stop) -> None:
             _complete(context)
         return
     exit_status = verdict.worker_exit(ended.lines, ended.exit_status)
-    is_on_request = ended.by == "itself" and exit_status == STOPPED_ON_REQUEST
+    is_on_request = ended.by == "itself" and exit_status == handover.EXIT_STOPPED
     cause = verdict.classify(ended.lines, exit_status)
     if is_on_request or (_is_consequence(ended, cause, stop) and not _settled_faults(context, stop)):
         raise RunFailedError(_stopped(context, stop, is_on_request))

@@ -6,13 +6,8 @@ import os
 
 import torch
 
-from hpcsngd import dist
+from hpcsngd import dist, handover
 from hpcsngd.train.faults import RendezvousError, SettingError
-
-DEVICE = "HPCSNGD_DEVICE"
-"""``cpu``, ``cuda:<index>``, or ``cuda`` for the GPU numbered LOCAL_RANK; default: cpu."""
-BACKEND = "HPCSNGD_BACKEND"
-"""``gloo`` or ``nccl``; default: nccl on a GPU, else gloo."""
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,7 +18,7 @@ def choose_device() -> torch.device:
     Raises:
         SettingError: a GPU was asked for and torch sees none, or too few.
     """
-    name = os.environ.get(DEVICE, "cpu")
+    name = os.environ.get(handover.DEVICE, "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     device = torch.device(name)
@@ -41,7 +36,7 @@ def join_ranks(device: torch.device) -> None:
         RendezvousError: the ranks could not meet.
     """
     try:
-        dist.init(os.environ.get(BACKEND), device=device)
+        dist.init(os.environ.get(handover.BACKEND), device=device)
     except RuntimeError as error:  # torch's DistError and its children are RuntimeErrors
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RendezvousError(f"cannot meet the other ranks at {address}: {error}") from error

@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcsngd import rundir
+from hpcsngd.handover import EXIT_STOPPED
 from hpcsngd.train import faults
 
 log = logging.getLogger(__name__)
 
-EXIT_STOPPED = 75
-"""Checkpointed and left because asked to (EX_TEMPFAIL: try again later)."""
 EXIT_FAILED = 1
 
 

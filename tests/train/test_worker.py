@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpcsngd import rundir
+from hpcsngd import handover, rundir
 from hpcsngd.rundir import Fault, RunDir
 from hpcsngd.train import checkpoint, data, devices, session, worker
 from hpcsngd.train.faults import RendezvousError, SettingError
@@ -62,7 +62,7 @@ def test_a_stop_request_has_its_own_exit_status(tmp_path: Path) -> None:
     run.attempt(1).path.mkdir(parents=True)
     run.attempt(1).stop_request.touch()
     done = start(run)
-    assert done.returncode == worker.EXIT_STOPPED == 75
+    assert done.returncode == handover.EXIT_STOPPED == 75
     assert run.attempt(1).faults() == []
 
 
@@ -132,7 +132,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv(devices.DEVICE, "cuda")
+    monkeypatch.setenv(handover.DEVICE, "cuda")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(SettingError, match=r"cuda:2 was asked for, but torch .* sees 0 GPUs here"):
         devices.choose_device()
