@@ -60,7 +60,10 @@ def report(run: rundir.RunDir, rank: int) -> None:
     )
     file = run.path / "report" / f"rank{rank}.json"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(words))
+    # renamed, because tests read the reports while the ranks still start
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(words))
+    unfinished.replace(file)
 
 
 def finish(attempt: rundir.Attempt, rank: int, **result: object) -> int:
