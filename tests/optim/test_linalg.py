@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpcsngd.optim.capture import Rows
-from hpcsngd.optim.curvature import SampleCurvature, kernel_of
+from hpcsngd.optim.curvature import SampleCurvature, Sketch
 from hpcsngd.optim.layers import patch_sums
 from hpcsngd.optim.linalg import jittered_cholesky, khatri_rao_gram, row_scores, spectrum_summary
 from tests.optim import oracle
@@ -29,7 +29,8 @@ def random_rows(seed: int, n: int, d_in: int, d_out: int, scale: float = 1.0) ->
 
 
 def curvature(rows: Rows, damping: float) -> SampleCurvature:
-    built = SampleCurvature.build(rows, kernel_of(rows), damping)
+    sketch = Sketch(rows, len(rows.a), len(rows.a))
+    built = SampleCurvature.build(sketch, sketch.kernel(), damping)
     assert built is not None
     return built
 
