@@ -113,23 +113,26 @@ class Compression:
             scores = row_scores(*rows)
             draw = self._draw(layer, scores, step)
             return self._drawn_sketch(take_rows(rows, draw.rows), draw, scores)
-        kernel = khatri_rao_gram(*rows)
-        found = self._interpolate(kernel, None, count, damping)
+        found = self._interpolate(rows, None, count, damping)
         if found is None:
             return None
         kept = take_rows(rows, found.kept)
         return Sketch(kept, count, count, found.mixing, _mean_left_out(found.left_out, kept, count))
 
     def _interpolate(
-        self, kernel: Tensor, keep: int | None, samples: int, damping: float
+        self, rows: Rows, keep: int | None, samples: int, damping: float
     ) -> Interpolation | None:
+        # In float64 whatever the rows are: what remains after a few pivots is a difference of large numbers,
+        # and its rounding enters F by its square root.
+        kernel = khatri_rao_gram(rows.a.double(), rows.g.double())
         if not bool(kernel.isfinite().all()):
             return None
         if keep is None:
             is_by_share = self.rule.name == "share"
             spectrum = torch.linalg.eigvalsh(kernel) if is_by_share else kernel.diagonal()
             keep = self.rule.rows(len(kernel), spectrum)
-        return interpolate(kernel, keep, samples=samples, damping=damping, residual=self.residual)
+        found = interpolate(kernel, keep, samples=samples, damping=damping, residual=self.residual)
+        return found and found.to(rows.a)
 
     def _draw(self, layer: str, scores: Tensor, step: int) -> Draw:
         # KIS sees no kernel. Its diagonal stands for the spectrum: it has the same sum, and by majorization
@@ -164,7 +167,7 @@ class Compression:
             if self.rule.low_rank is not None:
                 shares = apportion(self.rule.low_rank, [of_rank[layer] for of_rank in usable.counts])
                 keep = shares[communicator.rank]
-            found = self._interpolate(khatri_rao_gram(*rows), keep, samples[name], damping)
+            found = self._interpolate(rows, keep, samples[name], damping)
             local[name] = None
             if found is not None:
                 kept = take_rows(rows, found.kept)

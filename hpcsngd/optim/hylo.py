@@ -106,8 +106,8 @@ class HyLo(Preconditioner):
         share: instead, keep as many as eigenvalues are needed for this share of their sum (KIS: as the
             largest scores are needed for this share of theirs).
         unbiased: whether KIS weighs the samples drawn so that F is that of the batch in expectation.
-        residual: whether KID carries the residual of the interpolation. It costs a factorization of the size
-            of what was left out, and lowers the error by RESIDUAL_BENEFIT.
+        residual: whether KID carries the residual of the interpolation, as published. It costs a
+            factorization of the size of what was left out and buys nothing (`hpcsngd.optim.kid`).
         kid_scope: ``"joined"``: KID decides on the gathered batch, alike for any number of ranks.
             ``"local"``: each rank decides on its own samples and sends only what it keeps
             (`hpcsngd.optim.compress`).
