@@ -115,8 +115,9 @@ class HyLo(Preconditioner):
         complement: what scales the part of the gradient orthogonal to every kept row. ``"damped"``:
             1 / damping, as the formula says. ``"plain"``: 1, the plain gradient. ``"residual"``:
             1 / (damping + mean eigenvalue of the curvature that was left out). Before ``rescale``.
-        kl_clip: bound on ``lr^2 sum_layers v . g``; all v are scaled by one factor to meet it (K-FAC's clip,
-            Ba et al., ICLR 2017, section 5). A number or a function of the step; None: no bound.
+        kl_clip: bound on the step's ``lr^2 v^T F v``, which is taken as ``lr^2 sum v . g`` over the covered
+            layers: all v are multiplied by ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section 5).
+            After ``rescale``. A number or a function of the step; None: no bound.
         conv_mode: see above.
         skip: regular expressions; layers whose name matches one anywhere are left to the optimizer.
         loss_reduction: see above.
@@ -471,7 +472,7 @@ class HyLo(Preconditioner):
                 self._observer.error(layer, method, other.solve(grad), exact)
 
     def _clip(self, products: Sequence[Tensor]) -> None:
-        """Scales every preconditioned gradient by one factor so that ``lr^2 sum v . g <= kl_clip``."""
+        """Multiplies every preconditioned gradient by ``min(1, sqrt(kl_clip / (lr^2 sum v . g)))``."""
         if self._kl_clip is None or self._progress is None or not products:
             return
         limit, lr = _positive("kl_clip", self._kl_clip, self._step), self._progress[1]
