@@ -116,8 +116,8 @@ class HyLo(Preconditioner):
             1 / damping, as the formula says. ``"plain"``: 1, the plain gradient. ``"residual"``:
             1 / (damping + mean eigenvalue of the curvature that was left out). Before ``rescale``.
         kl_clip: bound on the step's ``lr^2 v^T F v``, which is taken as ``lr^2 sum v . g`` over the covered
-            layers: all v are multiplied by ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section 5).
-            After ``rescale``. A number or a function of the step; None: no bound.
+            layers: all v are multiplied by ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section
+            5). After ``rescale``. A number or a function of the step; None: no bound.
         conv_mode: see above.
         skip: regular expressions; layers whose name matches one anywhere are left to the optimizer.
         loss_reduction: see above.

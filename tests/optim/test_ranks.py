@@ -166,7 +166,7 @@ def test_bytes_are_counted() -> None:
 
 
 def test_bytes_of_local_kid() -> None:
-    """Row counts, kept counts, then kept rows, mixing and one number per layer, padded to the largest rank."""
+    """Row counts, kept counts, then kept rows, mixing and one number per layer; padded to the largest."""
     options = {"damping": 0.05, "method": "kid", "kid_scope": "local", "ratio": 0.5}
     for run in run_on_ranks(training.train, 3, "mlp", [3, 7, 2], 1, options):
         counted = {
