@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.capture import Rows
-from hpcsngd.optim.linalg import jittered_cholesky, khatri_rao_gram, sample_space_solve
+from hpcsngd.optim.linalg import jittered_cholesky, sample_space_solve
+from hpcsngd.optim.rows import Rows, rows_from
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SampleCurvature:
     """``F = 1/n sum_i u_i u_i^T`` of the rows given, with its damping; tensors are never changed in place.
 
     Attributes:
-        rows: ``a`` of shape ``(n, d_in)`` and ``g`` of shape ``(n, d_out)``.
+        rows: of n samples.
         factor: lower Cholesky factor of ``K/n + (damping + jitter) I``, shape ``(n, n)``.
         damping: in units of F's eigenvalues. It stays the refresh's until the next one, so that the factor
             and the division by it always agree.
@@ -48,45 +48,43 @@ class SampleCurvature:
 
     def solve(self, grad: Tensor) -> Tensor:
         """Returns ``(F + damping I)^-1 grad`` for a layer matrix of shape ``(d_out, d_in)``."""
-        return sample_space_solve(self.rows.a, self.rows.g, self.factor, self.damping, grad)
+        return sample_space_solve(self.rows, self.factor, self.damping, grad)
 
     @property
     def size_bytes(self) -> tuple[int, int]:
         """Returns the bytes of the rows and of the factor."""
-        return self.rows.a.nbytes + self.rows.g.nbytes, self.factor.nbytes
+        return self.rows.size_bytes, self.factor.nbytes
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the curvature as tensors and numbers."""
         return {
-            "a": self.rows.a,
-            "g": self.rows.g,
+            "rows": list(self.rows.tensors),
             "factor": self.factor,
             "damping": self.damping,
             "jitter": self.jitter,
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], sizes: tuple[int, int], like: Tensor) -> SampleCurvature:
+    def from_state(
+        cls, state: Mapping[str, Any], sizes: tuple[int, int], groups: int, like: Tensor
+    ) -> SampleCurvature:
         """Returns the curvature saved in ``state``, on the device and in the dtype of ``like``.
 
         Args:
             state: from `state_dict`.
             sizes: ``(d_in, d_out)`` of the layer.
+            groups: of the layer.
             like: an empty tensor.
 
         Raises:
             ValueError: the shapes are not those of the layer.
         """
-        a, g, factor = state["a"], state["g"], state["factor"]
-        expected = [(len(a), sizes[0]), (len(a), sizes[1]), (len(a), len(a))]
-        found = [tuple(tensor.shape) for tensor in (a, g, factor)]
-        if found != expected:
-            raise ValueError(f"rows and factor have shapes {found}, the layer wants {expected}")
-        return cls(
-            Rows(a.to(like), g.to(like)), factor.to(like), float(state["damping"]), float(state["jitter"])
-        )
+        rows, factor = rows_from(state["rows"], sizes, groups), state["factor"]
+        if tuple(factor.shape) != (len(rows), len(rows)):
+            raise ValueError(f"factor of {len(rows)} rows has shape {tuple(factor.shape)}")
+        return cls(rows.to(like), factor.to(like), float(state["damping"]), float(state["jitter"]))
 
 
 def kernel_of(rows: Rows) -> Tensor:
     """Returns ``K/n``, shape ``(n, n)``: it has the nonzero eigenvalues of F."""
-    return khatri_rao_gram(rows.a, rows.g) / len(rows.a)
+    return rows.gram() / len(rows)

@@ -23,11 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcsngd import dist
 from hpcsngd.optim.base import Preconditioner, Schedule, value_at
+from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
 from hpcsngd.optim.communicate import Communicator
+from hpcsngd.optim.covering import Skip, find_layers
 from hpcsngd.optim.curvature import SampleCurvature, kernel_of
 from hpcsngd.optim.gather import JoinedBatch, join_batch
-from hpcsngd.optim.layers import Layer, find_layers
+from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
 from hpcsngd.optim.records import Communication, Fallback, Memory, PhaseTime, StepRecord
 from hpcsngd.optim.selection import draw_rows, rows_to_keep
@@ -36,7 +38,6 @@ from hpcsngd.optim.stopwatch import Stopwatch
 logger = logging.getLogger(__name__)
 
 Method = Literal["sngd", "kis"]
-ConvMode = Literal["reduce"]
 LossReduction = Literal["mean", "sum"]
 Rescale = Literal["none", "damping", "norm"]
 
@@ -84,7 +85,8 @@ class HyLo(Preconditioner):
         refresh_every: steps between refreshes, or a function of the step; the first step refreshes.
         ratio: share of the joined batch that KIS keeps, in (0, 1].
         conv_mode: see above.
-        skip: regular expressions; layers whose name matches one anywhere are left to the optimizer.
+        skip: layers to leave to the optimizer: regular expressions found anywhere in a module's name, names
+            of module classes, or module classes; what is inside a skipped module is skipped as well.
         loss_reduction: see above.
         accumulation_steps: micro-batches per step.
         rescale: what becomes of the preconditioned gradient v of a layer. ``"none"``: v. ``"damping"``:
@@ -109,7 +111,7 @@ class HyLo(Preconditioner):
         refresh_every: Schedule = 1,
         ratio: float = 1.0,
         conv_mode: ConvMode = "reduce",
-        skip: Sequence[str] = (),
+        skip: Sequence[Skip] = (),
         loss_reduction: LossReduction = "mean",
         accumulation_steps: int = 1,
         rescale: Rescale = "none",
@@ -141,7 +143,7 @@ class HyLo(Preconditioner):
         self._observer = Observer(observe, method)
         self._stopwatch = Stopwatch(profile)
         self._communicator = Communicator()
-        self._capture = Capture(self._layers, dtype, self._stopwatch)
+        self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
         self._curvature: dict[str, SampleCurvature] = {}
         self._exact: dict[str, SampleCurvature] = {}
         self._record = StepRecord(0, False, self._damping, 0)
@@ -284,14 +286,12 @@ class HyLo(Preconditioner):
             return
         curvature = self._curvature.get(layer.name)
         with self._stopwatch.phase("precondition"):
-            columns = [gradient.reshape(len(gradient), -1) for gradient in gradients]
-            grad = torch.cat(columns, 1).to(self._capture.rows_dtype(layer))
+            grad = layer.to_matrix(gradients).to(self._capture.rows_dtype(layer))
             result = grad if curvature is None else curvature.solve(grad)
             if curvature is not None:
                 rescaled = self._rescaled(result, grad, curvature.damping)
-                pieces = torch.split(rescaled, [column.shape[1] for column in columns], 1)
-                for gradient, piece in zip(gradients, pieces, strict=True):
-                    gradient.copy_(piece.reshape(gradient.shape))
+                for gradient, piece in zip(gradients, layer.from_matrix(rescaled), strict=True):
+                    gradient.copy_(piece)
         with self._stopwatch.phase("observe"):
             self._observer.gradient(layer.name, grad)
             if layer.name in self._exact:
@@ -336,7 +336,7 @@ class HyLo(Preconditioner):
         weight = layer.module.weight
         like = torch.empty(0, device=weight.device, dtype=self._capture.rows_dtype(layer))
         try:
-            return SampleCurvature.from_state(saved, layer.row_sizes, like)
+            return SampleCurvature.from_state(saved, layer.row_sizes, layer.groups, like)
         except ValueError as error:
             raise ValueError(f"state of layer {layer.name}: {error}") from error
 

@@ -1,13 +1,6 @@
 """Damped natural gradient in sample space: pure functions on the rows of one layer.
 
-Notation, used by every function here: a layer with weight (and bias as last column) ``M`` of shape
-``(d_out, d_in)`` has ``n`` samples with rows ``a`` of shape ``(n, d_in)`` and ``g`` of shape ``(n, d_out)``.
-The gradient of sample i's own loss is the matrix ``g_i a_i^T``; with ``u_i = vec(g_i a_i^T)`` the curvature
-is
-
-    F = 1/n sum_i u_i u_i^T                                  (d_out d_in) x (d_out d_in), never formed
-    K = U U^T = (a a^T) o (g g^T)                            n x n, o = elementwise (Khatri-Rao Gram)
-
+Notation as in `hpcsngd.optim.rows`: ``n`` samples, ``U`` with rows ``u_i``, ``F = 1/n U^T U``, ``K = U U^T``
 and, by the push-through identity,
 
     (F + damping I)^-1 vec(M) = (vec(M) - 1/n U^T y) / damping,   (K/n + damping I) y = U vec(M).
@@ -20,20 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpcsngd.optim.rows import Rows
+
 #: How often the Cholesky factorization is retried, each time with ten times the jitter.
 JITTER_ATTEMPTS = 6
-
-
-def khatri_rao_gram(a: Tensor, g: Tensor) -> Tensor:
-    """Returns ``K``, shape ``(n, n)``: the inner products of the per-sample gradients."""
-    return (a @ a.T) * (g @ g.T)
-
-
-def row_scores(a: Tensor, g: Tensor) -> Tensor:
-    """Returns the diagonal of ``K``, shape ``(n,)``, float64: squared norms of the per-sample gradients."""
-    a_norms: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
-    g_norms: Tensor = torch.linalg.vector_norm(g, dim=1, dtype=torch.float64)
-    return (a_norms * g_norms).square()
 
 
 def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
@@ -64,24 +47,17 @@ def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
     return None
 
 
-def project(a: Tensor, g: Tensor, grad: Tensor) -> Tensor:
-    """Returns ``t_i = g_i^T M a_i``, shape ``(n,)``: ``U vec(M)`` for ``M = grad``."""
-    return ((g @ grad) * a).sum(1)
-
-
-def sample_space_solve(a: Tensor, g: Tensor, factor: Tensor, damping: float, grad: Tensor) -> Tensor:
+def sample_space_solve(rows: Rows, factor: Tensor, damping: float, grad: Tensor) -> Tensor:
     """Returns ``(F + damping I)^-1 grad``, shape ``(d_out, d_in)``.
 
     Args:
-        a: input rows, shape ``(n, d_in)``.
-        g: output-gradient rows, shape ``(n, d_out)``.
+        rows: of n samples.
         factor: lower Cholesky factor of ``K/n + damping I``, shape ``(n, n)``.
         damping: the damping inside ``factor``, in the units of F's eigenvalues.
         grad: the matrix ``M`` to precondition, shape ``(d_out, d_in)``.
     """
-    t = project(a, g, grad)
-    y = torch.cholesky_solve(t.unsqueeze(1), factor)
-    return (grad - (g * y).T @ a / len(a)) / damping
+    y = torch.cholesky_solve(rows.project(grad).unsqueeze(1), factor)
+    return (grad - rows.combine(y.squeeze(1) / len(rows))) / damping
 
 
 def spectrum_summary(eigenvalues: Tensor, share: float) -> tuple[int, float]:

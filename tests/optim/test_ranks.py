@@ -60,8 +60,11 @@ def test_kis_keeps_the_same_samples_on_every_rank() -> None:
     first, *others = run_on_ranks(training.train, 3, "mlp", [3, 7, 2], 2, OPTIONS["kis"])
     for other in others:
         for name, layer in first["state"]["hylo"]["layers"].items():
-            assert len(layer["a"]) == 5
-            assert torch.equal(layer["a"], other["state"]["hylo"]["layers"][name]["a"])
+            assert [len(tensor) for tensor in layer["rows"]] == [5, 5]
+            for mine, theirs in zip(
+                layer["rows"], other["state"]["hylo"]["layers"][name]["rows"], strict=True
+            ):
+                assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("sizes", [[12], [4, 4, 4]], ids=str)
@@ -100,9 +103,9 @@ def test_bytes_are_counted() -> None:
         assert counted["factorise", "all_reduce"] == (1, 2 * 8)
         calls, size = counted["gather", "all_gather"]
         if keep is None:
-            # Row counts, then the rows, padded to the largest share.
-            assert (calls, size) == (2, 2 * 8 + 7 * widths * 8)
+            # Row counts and terms, then the rows, padded to the largest share.
+            assert (calls, size) == (2, 2 * 16 + 7 * widths * 8)
         else:
-            # Row counts, scores, then kept rows only: at most all five from one rank.
+            # Row counts and terms, scores, then kept rows only: at most all five from one rank.
             assert calls == 3
-            assert 2 * 8 + 7 * 2 * 8 < size <= 2 * 8 + 7 * 2 * 8 + keep * widths * 8
+            assert 2 * 16 + 7 * 2 * 8 < size <= 2 * 16 + 7 * 2 * 8 + keep * widths * 8

@@ -114,7 +114,7 @@ def train_through_a_fault(steps: int, fault: str) -> dict[str, Any]:
         oracle.mean_loss(model, x, target).backward()
         faulty = step == 1 and dist.rank() == dist.world_size() - 1
         if faulty and fault == "rows":
-            hylo._capture._calls["2"][0].output_sums[0, 0] = float("nan")
+            hylo._capture._calls["2"][0][0].output_sums[0, 0] = float("nan")
         average_gradients(model)
         failing = mock.patch("hpcsngd.optim.curvature.jittered_cholesky", return_value=None)
         with failing if faulty and fault == "kernel" else nullcontext():
