@@ -63,8 +63,8 @@ class Rows(ABC):
         """Returns rows of the same form that consist of other ``tensors``."""
 
     @abstractmethod
-    def scaled(self, factor: float) -> Rows:
-        """Returns ``factor * U_i`` for every sample."""
+    def scaled(self, factors: float | Tensor) -> Rows:
+        """Returns ``factors_i * U_i``, for one number or a tensor of shape ``(n,)``."""
 
     @abstractmethod
     def gram(self) -> Tensor:
@@ -81,6 +81,11 @@ class Rows(ABC):
     @abstractmethod
     def combine(self, weights: Tensor) -> Tensor:
         """Returns ``sum_i weights_i U_i``, shape ``(d_out, d_in)``, for ``weights`` of shape ``(n,)``."""
+
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """Returns ``d_out * d_in``: no kernel has more nonzero eigenvalues."""
 
     @abstractmethod
     def matrices(self) -> Tensor:
@@ -143,9 +148,9 @@ class FactoredRows(Rows):
         a, g = tensors
         return FactoredRows(a, g)
 
-    def scaled(self, factor: float) -> FactoredRows:
+    def scaled(self, factors: float | Tensor) -> FactoredRows:
         """See `Rows.scaled`."""
-        return FactoredRows(self.a, self.g * factor)
+        return FactoredRows(self.a, self.g * _by_sample(factors, 4))
 
     def gram(self) -> Tensor:
         """See `Rows.gram`."""
@@ -174,8 +179,12 @@ class FactoredRows(Rows):
 
     def combine(self, weights: Tensor) -> Tensor:
         """See `Rows.combine`."""
-        weighted = self.g * weights.reshape(-1, 1, 1, 1)
-        return (self._by_group(weighted).mT @ self._by_group(self.a)).flatten(0, 1)
+        return (self._by_group(self.g * _by_sample(weights, 4)).mT @ self._by_group(self.a)).flatten(0, 1)
+
+    @property
+    def entries(self) -> int:
+        """See `Rows.entries`."""
+        return self.a.shape[3] * self.g.shape[3] * self.g.shape[1]
 
     def matrices(self) -> Tensor:
         """See `Rows.matrices`."""
@@ -220,9 +229,9 @@ class GradientRows(Rows):
         (u,) = tensors
         return GradientRows(u)
 
-    def scaled(self, factor: float) -> GradientRows:
+    def scaled(self, factors: float | Tensor) -> GradientRows:
         """See `Rows.scaled`."""
-        return GradientRows(self.u * factor)
+        return GradientRows(self.u * _by_sample(factors, 3))
 
     def gram(self) -> Tensor:
         """See `Rows.gram`."""
@@ -242,9 +251,19 @@ class GradientRows(Rows):
         """See `Rows.combine`."""
         return (weights @ self.u.flatten(1)).reshape(self.u.shape[1:])
 
+    @property
+    def entries(self) -> int:
+        """See `Rows.entries`."""
+        return self.u.shape[1:].numel()
+
     def matrices(self) -> Tensor:
         """See `Rows.matrices`."""
         return self.u
+
+
+def _by_sample(factors: float | Tensor, dims: int) -> float | Tensor:
+    """Returns factors that broadcast over the further dimensions of a tensor of ``dims`` dimensions."""
+    return factors.reshape(-1, *[1] * (dims - 1)) if isinstance(factors, Tensor) else factors
 
 
 def common_terms(terms: Sequence[int]) -> int:

@@ -53,6 +53,8 @@ def test_products_are_those_of_the_matrices(form: Callable[[Rows], Rows], seed: 
     close(rows.project(matrix), flat @ matrix.flatten())
     close(rows.combine(weights), torch.einsum("n,noi->oi", weights, u))
     close(matrices(rows.scaled(3.0)), 3 * u)
+    close(matrices(rows.scaled(weights)), weights.reshape(-1, 1, 1) * u)
+    assert rows.entries == flat.shape[1]
     index = torch.tensor([len(u) - 1, 0])
     close(matrices(rows.take(index)), u[index])
     assert rows.size_bytes == sum(t.numel() for t in rows.tensors) * 8
