@@ -66,9 +66,16 @@ class HyLo(Preconditioner):
     Where a sample has several positions (pixels of a convolution, tokens of a Linear, calls of a layer used
     more than once) ``conv_mode`` says what stands for its gradient ``sum_s g_s x_s^T``:
 
-    * ``"reduce"``: ``(sum_s g_s)(mean_s x_s)^T``, one row per sample as in HyLo, but with the sum of the
-      output gradients where HyLo's published code has their mean. That keeps it the size of a true
-      per-sample gradient (exact for the bias), so one damping fits convolutions and linear layers.
+    * ``"reduce"``: ``(sum_s g_s)(mean_s x_s)^T``, as if every position had the mean output gradient. One
+      outer product per sample as in HyLo, but with the sum of the output gradients where HyLo's published
+      code has their mean. That keeps it the size of a true per-sample gradient (exact for the bias), so one
+      damping fits convolutions and linear layers.
+    * ``"exact"``: the true gradient, so F is the layer's true empirical Fisher and a given damping means
+      exactly what it says. Costs about a second weight gradient at refreshes, and memory for a gradient of
+      the layer per sample of all ranks (`hpcsngd.optim.rows`). One backward pass per forward pass only.
+    * ``"paper"``: ``(mean_s g_s)(mean_s x_s)^T``, what HyLo's published code computes. With S positions F is
+      S^2 times smaller than in ``"reduce"``: at one damping for all layers, the early convolutions get
+      little more than ``g / damping``. For comparisons; a damping tuned for it fits no other mode.
 
     KIS keeps ``max(1, round(ratio * N))`` samples, drawn without replacement with probability in proportion
     to ``||a_i||^2 ||g_i||^2``, and proceeds as if they were the whole batch (no re-weighting, as published).

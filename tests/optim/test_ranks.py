@@ -19,6 +19,8 @@ TOLERANCE = 1e-9
 OPTIONS: dict[str, dict[str, Any]] = {
     "sngd": {"damping": 0.05},
     "kis": {"damping": 0.05, "method": "kis", "ratio": 0.4, "seed": 3},
+    "exact": {"damping": 0.05, "conv_mode": "exact"},
+    "exact kis": {"damping": 0.05, "conv_mode": "exact", "method": "kis", "ratio": 0.4, "seed": 3},
 }
 
 
@@ -37,6 +39,9 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float = TOLERAN
         ("conv", [6, 6], "kis"),
         ("conv", [3, 7, 2], "sngd"),
         ("conv", [5, 0, 6, 1], "kis"),
+        ("conv", [3, 7, 2], "exact"),
+        ("conv", [5, 0, 6, 1], "exact kis"),
+        ("tokens", [3, 7], "exact"),
     ],
     ids=str,
 )
@@ -47,6 +52,24 @@ def test_ranks_equal_one_process(kind: str, sizes: list[int], method: str) -> No
         same(result["gradients"], expected["gradients"])
         # Every rank has exactly the same result: replicas do not drift apart.
         same(result["gradients"], results[0]["gradients"], tolerance=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "kis", "ratio": 0.5}], ids=["sngd", "kis"])
+@pytest.mark.parametrize("lengths", [[1, 2], [2, 9, 1], [9, 8]], ids=str)
+def test_sequences_of_other_lengths_on_every_rank(lengths: list[int], options: dict[str, Any]) -> None:
+    """Some ranks keep factors, some matrices: they agree on one form."""
+    options = {"conv_mode": "exact", **options}
+    expected = training.step_on_sequences(lengths, options)["gradients"]
+    for result in run_on_ranks(training.step_on_sequences, len(lengths), lengths, options):
+        same(result["gradients"], expected)
+
+
+def test_bytes_of_exact_rows() -> None:
+    """Layers of 4 x 6 and 3 x 5 entries: one token is a pair of vectors, two are already a matrix."""
+    for length, width in {1: 6 + 4, 2: 6 * 4, 9: 6 * 4}.items():
+        results = run_on_ranks(training.step_on_sequences, 2, [length, length], {"conv_mode": "exact"})
+        counted = {(item.phase, item.op): item.size_bytes for item in results[0]["record"].communication}
+        assert counted["gather", "all_gather"] == 2 * 16 + 3 * (width + 5 + 3) * 8
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 1), (2, 2), (4, 2)])

@@ -18,6 +18,7 @@ from tests.optim import models, oracle
 BUILDERS: dict[str, Any] = {
     "mlp": (models.mlp, (5,)),
     "conv": (lambda: models.conv_net(kernel_size=3, stride=2, padding=1), (3, 8, 7)),
+    "tokens": (lambda: models.seeded(models.Tokens), (2, 5)),
 }
 
 
@@ -73,6 +74,20 @@ def train(
         "gradients": [p.grad for p in model.parameters()],
         "state": copy.deepcopy({"model": model.state_dict(), "hylo": hylo.state_dict()}),
         "records": records,
+    }
+
+
+def step_on_sequences(lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    """Steps once; rank r has three sequences of ``lengths[r]`` tokens, one process has them all."""
+    model = models.seeded(models.Tokens)
+    hylo = HyLo(model, damping=0.05, loss_reduction="sum", **options)
+    for length in lengths[dist.rank() :: dist.world_size()]:
+        oracle.sum_loss(model, *oracle.batch(model, (3, length, 5), seed=length)).backward()
+    average_gradients(model)
+    hylo.step()
+    return {
+        "gradients": [p.grad * dist.world_size() for p in model.parameters()],
+        "record": hylo.diagnostics(),
     }
 
 
