@@ -307,6 +307,44 @@ def test_every_skipped_module_has_a_reason(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.text.count("left to the base optimizer: ") == 1
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 4, 3)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"inner": nn.Linear(4, 4)}))
+        self.up = nn.ConvTranspose1d(4, 3, 2)
+        self.head = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ([nn.Linear], {"stem", "up"}),
+        (["Linear"], {"stem", "up"}),
+        (["^body$"], {"stem", "up", "head"}),
+        ([nn.ModuleDict], {"stem", "body.0", "up", "head"}),
+        (["ModuleDict", r"\.0$"], {"stem", "up", "head"}),
+        ([nn.modules.conv._ConvNd], {"body.0", "body.1.inner", "head"}),
+        ([nn.Conv1d, "ConvTranspose1d", "head"], {"body.0", "body.1.inner"}),
+    ],
+    ids=str,
+)
+def test_skip_by_name_class_and_name_of_a_class(skip: list[str | type[nn.Module]], left: set[str]) -> None:
+    model = Nested()
+    preconditioner = HyLo(model, skip=skip)
+    covered = {layer.name for layer in preconditioner._layers}
+    assert covered == left
+    shown = [entry if isinstance(entry, str) else entry.__name__ for entry in skip]
+    for name, reason in preconditioner.skipped.items():
+        assert reason in {f"matches skip={[entry]}" for entry in shown}, name
+    assert covered | set(preconditioner.skipped) == {"stem", "body.0", "body.1.inner", "up", "head"}
+
+
+def test_a_class_that_the_model_does_not_have_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"skip='Conv3d' matches no module; .* classes: Linear, Sequential"):
+        HyLo(models.mlp(), skip=[nn.Conv3d])
+
+
 def test_a_skip_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(
         ValueError,

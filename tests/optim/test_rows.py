@@ -59,7 +59,12 @@ def test_products_are_those_of_the_matrices(form: Callable[[Rows], Rows], seed: 
     close(matrices(rows.take(index)), u[index])
     assert rows.size_bytes == sum(t.numel() for t in rows.tensors) * 8
     assert bool(rows.is_finite())
-    assert not bool(rows.scaled(float("inf")).is_finite())
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        index = seed % len(rows)
+        assert not bool(
+            rows.scaled(torch.ones(len(rows)).index_fill(0, torch.tensor(index), bad)).is_finite()
+        )
+    assert bool(rows.take(torch.arange(0)).is_finite())
 
 
 @given(seed=seeds, shape=shapes, more=st.integers(0, 3))
