@@ -1,4 +1,4 @@
-"""Damped natural gradient in sample space: pure functions on the rows of one layer.
+"""Damped natural gradient in sample space: pure functions on small matrices.
 
 Notation as in `hpcsngd.optim.rows`: ``n`` samples, ``U`` with rows ``u_i``, ``F = 1/n U^T U``, ``K = U U^T``
 and, by the push-through identity,
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from hpcsngd.optim.rows import Rows
 
 #: How often the Cholesky factorization is retried, each time with ten times the jitter.
 JITTER_ATTEMPTS = 6
@@ -47,17 +45,39 @@ def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
     return None
 
 
-def sample_space_solve(rows: Rows, factor: Tensor, damping: float, grad: Tensor) -> Tensor:
-    """Returns ``(F + damping I)^-1 grad``, shape ``(d_out, d_in)``.
+def pivoted_cholesky(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factorizes a positive semidefinite matrix by its largest remaining diagonal entry, ``rank`` times.
+
+    The pivots are those of a pivoted QR of the per-sample gradients, found without ever forming them. Stops
+    early where what remains is rounding, so a singular kernel is no special case.
 
     Args:
-        rows: of n samples.
-        factor: lower Cholesky factor of ``K/n + damping I``, shape ``(n, n)``.
-        damping: the damping inside ``factor``, in the units of F's eigenvalues.
-        grad: the matrix ``M`` to precondition, shape ``(d_out, d_in)``.
+        kernel: shape ``(n, n)``; its diagonal must be finite.
+        rank: how many pivots at most, in 0..n.
+
+    Returns:
+        The pivots, int64, shape ``(r,)`` with ``r <= rank``, largest first, and ``R``, shape ``(r, n)``, with
+        ``R[:, pivots]`` upper triangular and ``R^T R`` equal to ``kernel`` in the rows and columns of the
+        pivots; what it lacks elsewhere is positive semidefinite.
     """
-    y = torch.cholesky_solve(rows.project(grad).unsqueeze(1), factor)
-    return (grad - rows.combine(y.squeeze(1) / len(rows))) / damping
+    left = kernel.diagonal().clone()
+    noise = len(kernel) * torch.finfo(kernel.dtype).eps * left.max() if len(kernel) else left.sum()
+    factor = kernel.new_zeros(rank, len(kernel))
+    pivots = torch.zeros(rank, dtype=torch.int64, device=kernel.device)
+    found = torch.zeros(rank, dtype=torch.bool, device=kernel.device)
+    # No number leaves the device in this loop: rows after the first worthless pivot are cut off at the end.
+    for i in range(rank):
+        pivot = left.argmax(0, keepdim=True)
+        value = left.index_select(0, pivot)
+        row = kernel.index_select(0, pivot)[0] - factor[:i].index_select(1, pivot)[:, 0] @ factor[:i]
+        row = row / value.clamp_min(torch.finfo(kernel.dtype).tiny).sqrt()
+        # In exact arithmetic earlier pivots have nothing left: without this, rounding would enter T.
+        row[pivots[:i]] = 0
+        factor[i], pivots[i : i + 1], found[i : i + 1] = row, pivot, value > noise
+        left = left - row.square()
+        left[pivots[: i + 1]] = 0
+    count = int(found.long().cumprod(0).sum())
+    return pivots[:count], factor[:count]
 
 
 def spectrum_summary(eigenvalues: Tensor, share: float) -> tuple[int, float]:

@@ -103,6 +103,10 @@ class Rows(ABC):
         """Returns the rows on the device and in the dtype of ``like``."""
         return self.replaced([tensor.to(like) for tensor in self.tensors])
 
+    def double(self) -> Rows:
+        """Returns the rows in float64."""
+        return self.replaced([tensor.double() for tensor in self.tensors])
+
     def is_finite(self) -> Tensor:
         """Returns whether every number is finite, a boolean scalar on the rows' device."""
         if len(self) == 0:

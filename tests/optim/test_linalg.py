@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpcsngd.optim.curvature import SampleCurvature, kernel_of
+from hpcsngd.optim.curvature import SampleCurvature, Sketch
 from hpcsngd.optim.linalg import jittered_cholesky, spectrum_summary
 from hpcsngd.optim.rows import FactoredRows, Rows
 from tests.optim import oracle
@@ -27,7 +27,8 @@ def random_rows(seed: int, n: int, d_in: int, d_out: int) -> tuple[FactoredRows,
 
 
 def curvature(rows: Rows, damping: float) -> SampleCurvature:
-    built = SampleCurvature.build(rows, kernel_of(rows), damping)
+    sketch = Sketch(rows, len(rows), len(rows))
+    built = SampleCurvature.build(sketch, sketch.kernel(), damping)
     assert built is not None
     return built
 
