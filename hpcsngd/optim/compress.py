@@ -1,7 +1,8 @@
 """What each method makes of a batch on 1..N ranks: from the rows captured here to sketches on every rank.
 
 Numbers that a rank with ``n_p`` of N samples hands over per layer and refresh, in the rows' dtype unless
-stated (plus 8 bytes for each count), with ``d = d_in + d_out``:
+stated (plus 16 bytes for each layer), with d numbers per sample: ``terms (groups d_in + d_out)`` as factors
+or ``d_in d_out`` as matrices (`hpcsngd.optim.rows`); ``d_in + d_out`` for a plain layer in mode reduce:
 
     SNGD                      n_p d                     every row
     KIS                       n_p (float64) + k_p d     scores, then the k_p drawn rows that are here
@@ -22,12 +23,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.capture import MisalignedError, Rows
+from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.curvature import Sketch, take_rows
+from hpcsngd.optim.curvature import Sketch
 from hpcsngd.optim.gather import Block, Usable, agree, join_all, join_blocks, join_chosen, join_scores
 from hpcsngd.optim.kid import Interpolation, interpolate
-from hpcsngd.optim.linalg import khatri_rao_gram, row_scores
+from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.selection import Draw, RankRule, apportion, draw_rows
 
 #: A method that a refresh can use; the hybrid one is kid or kis at each.
@@ -106,17 +107,17 @@ class Compression:
 
     def sketch(self, method: Plain, layer: str, rows: Rows, step: int, damping: float) -> Sketch | None:
         """Returns what ``method`` makes of all rows of one layer; None for a kernel that is not finite."""
-        count = len(rows.a)
+        count = len(rows)
         if method == "sngd":
             return Sketch(rows, count, count)
         if method == "kis":
-            scores = row_scores(*rows)
+            scores = rows.scores()
             draw = self._draw(layer, scores, step)
-            return self._drawn_sketch(take_rows(rows, draw.rows), draw, scores)
+            return self._drawn_sketch(rows.take(draw.rows), draw, scores)
         found = self._interpolate(rows, None, count, damping)
         if found is None:
             return None
-        kept = take_rows(rows, found.kept)
+        kept = rows.take(found.kept)
         return Sketch(kept, count, count, found.mixing, _mean_left_out(found.left_out, kept, count))
 
     def _interpolate(
@@ -124,7 +125,7 @@ class Compression:
     ) -> Interpolation | None:
         # In float64 whatever the rows are: what remains after a few pivots is a difference of large numbers,
         # and its rounding enters F by its square root.
-        kernel = khatri_rao_gram(rows.a.double(), rows.g.double())
+        kernel = rows.double().gram()
         if not bool(kernel.isfinite().all()):
             return None
         if keep is None:
@@ -132,7 +133,7 @@ class Compression:
             spectrum = torch.linalg.eigvalsh(kernel) if is_by_share else kernel.diagonal()
             keep = self.rule.rows(len(kernel), spectrum)
         found = interpolate(kernel, keep, samples=samples, damping=damping, residual=self.residual)
-        return found and found.to(rows.a)
+        return found and found.to(rows.tensors[0])
 
     def _draw(self, layer: str, scores: Tensor, step: int) -> Draw:
         # KIS sees no kernel. Its diagonal stands for the spectrum: it has the same sum, and by majorization
@@ -144,9 +145,9 @@ class Compression:
         left_out = scores.sum() - scores[draw.rows.to(scores.device)].sum()
         mean = _mean_left_out(left_out.clamp_min(0), kept, len(scores))
         if not self.unbiased:
-            return Sketch(kept, len(kept.a), len(scores), None, mean)
-        weighted = kept.g * draw.weight.sqrt().to(kept.g).unsqueeze(1)
-        return Sketch(Rows(kept.a, weighted), len(scores), len(scores), None, mean)
+            return Sketch(kept, len(kept), len(scores), None, mean)
+        weighted = kept.scaled(draw.weight.sqrt().to(kept.tensors[0]))
+        return Sketch(weighted, len(scores), len(scores), None, mean)
 
     def _gather_drawn(
         self, communicator: Communicator, usable: Usable, step: int
@@ -170,7 +171,7 @@ class Compression:
             found = self._interpolate(rows, keep, samples[name], damping)
             local[name] = None
             if found is not None:
-                kept = take_rows(rows, found.kept)
+                kept = rows.take(found.kept)
                 local[name] = Block(kept, found.mixing, found.left_out.reshape(1))
         joined, failed = join_blocks(communicator, local)
         return {
@@ -187,5 +188,5 @@ class Compression:
 
 def _mean_left_out(trace: Tensor, kept: Rows, samples: int) -> float:
     """Returns the mean eigenvalue of what the kept rows lack, given the trace of it times ``samples``."""
-    directions = min(samples, kept.a.shape[1] * kept.g.shape[1]) - len(kept.a)
+    directions = min(samples, kept.entries) - len(kept)
     return float(trace) / samples / directions if directions > 0 else 0.0

@@ -27,8 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.capture import Rows
-from hpcsngd.optim.linalg import combine, jittered_cholesky, khatri_rao_gram, project
+from hpcsngd.optim.linalg import jittered_cholesky
+from hpcsngd.optim.rows import Rows, rows_from
 
 #: What scales the complement: 1 / damping, 1, or 1 / (damping + mean eigenvalue of what was left out).
 Complement = Literal["damped", "plain", "residual"]
@@ -39,7 +39,7 @@ class Sketch:
     """Rows that stand for a batch.
 
     Attributes:
-        rows: ``a`` of shape ``(r, d_in)`` and ``g`` of shape ``(r, d_out)``.
+        rows: of r samples.
         samples: N in the formulas above.
         batch: samples in the batch.
         mixing: ``L``, shape ``(r, r)``; None for the identity.
@@ -54,7 +54,7 @@ class Sketch:
 
     def kernel(self) -> Tensor:
         """Returns ``L^T K L / N``, shape ``(r, r)``: it has the nonzero eigenvalues of F."""
-        kernel = kernel_of(self.rows) * (len(self.rows.a) / self.samples)
+        kernel = kernel_of(self.rows) * (len(self.rows) / self.samples)
         return kernel if self.mixing is None else self.mixing.T @ kernel @ self.mixing
 
 
@@ -107,28 +107,26 @@ class SampleCurvature:
 
     def solve(self, grad: Tensor) -> Tensor:
         """Returns ``(F + damping I)^-1 grad``, its complement scaled, for a matrix ``(d_out, d_in)``."""
-        a, g = self.rows
-        t = project(a, g, grad).unsqueeze(1)
+        t = self.rows.project(grad).unsqueeze(1)
         mixed = t if self.mixing is None else self.mixing.T @ t
         y = torch.cholesky_solve(mixed, self.factor)
         y = y if self.mixing is None else self.mixing @ y
         if self.span is None or self.scale is None:
-            return (grad - combine(a, g, y[:, 0]) / self.samples) / self.damping
+            return (grad - self.rows.combine(y[:, 0]) / self.samples) / self.damping
         inside = torch.cholesky_solve(t, self.span)
         y = y / self.damping + (self.scale - 1 / self.damping) * inside
-        return self.scale * grad - combine(a, g, y[:, 0]) / self.samples
+        return self.scale * grad - self.rows.combine(y[:, 0]) / self.samples
 
     @property
     def size_bytes(self) -> tuple[int, int]:
         """Returns the bytes of the rows and of the factors."""
         factors = [tensor for tensor in (self.factor, self.mixing, self.span) if tensor is not None]
-        return self.rows.a.nbytes + self.rows.g.nbytes, sum(tensor.nbytes for tensor in factors)
+        return self.rows.size_bytes, sum(tensor.nbytes for tensor in factors)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the curvature as tensors and numbers; what is None is left out."""
         state = {
-            "a": self.rows.a,
-            "g": self.rows.g,
+            "rows": list(self.rows.tensors),
             "samples": self.samples,
             "factor": self.factor,
             "damping": self.damping,
@@ -138,25 +136,26 @@ class SampleCurvature:
         return state | {name: value for name, value in extra.items() if value is not None}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], sizes: tuple[int, int], like: Tensor) -> SampleCurvature:
+    def from_state(
+        cls, state: Mapping[str, Any], sizes: tuple[int, int], groups: int, like: Tensor
+    ) -> SampleCurvature:
         """Returns the curvature saved in ``state``, on the device and in the dtype of ``like``.
 
         Args:
             state: from `state_dict`.
             sizes: ``(d_in, d_out)`` of the layer.
+            groups: of the layer.
             like: an empty tensor.
 
         Raises:
             ValueError: the shapes are not those of the layer.
         """
-        a, g, factor = state["a"], state["g"], state["factor"]
-        expected = [(len(a), sizes[0]), (len(a), sizes[1]), (len(a), len(a))]
-        found = [tuple(tensor.shape) for tensor in (a, g, factor)]
-        if found != expected:
-            raise ValueError(f"rows and factor have shapes {found}, the layer wants {expected}")
+        rows, factor = rows_from(state["rows"], sizes, groups), state["factor"]
+        if tuple(factor.shape) != (len(rows), len(rows)):
+            raise ValueError(f"factor of {len(rows)} rows has shape {tuple(factor.shape)}")
         mixing, span = (state[name].to(like) if name in state else None for name in ("mixing", "span"))
         return cls(
-            Rows(a.to(like), g.to(like)),
+            rows.to(like),
             state["samples"],
             factor.to(like),
             state["damping"],
@@ -169,13 +168,7 @@ class SampleCurvature:
 
 def kernel_of(rows: Rows) -> Tensor:
     """Returns ``K/n``, shape ``(n, n)``: it has the nonzero eigenvalues of the F of these rows."""
-    return khatri_rao_gram(rows.a, rows.g) / len(rows.a)
-
-
-def take_rows(rows: Rows, index: Tensor) -> Rows:
-    """Returns the samples at ``index`` (on any device)."""
-    on_device = index.to(rows.a.device)
-    return Rows(rows.a[on_device], rows.g[on_device])
+    return rows.gram() / len(rows)
 
 
 def _complement_scale(complement: Complement, damping: float, left_out: float) -> float | None:

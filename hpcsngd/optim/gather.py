@@ -1,8 +1,10 @@
 """Joins what the ranks captured into one batch, the same on every rank.
 
-First one collective in which the ranks agree on what is usable; then one or two more, all layers in one
-buffer each, for what a method needs: all rows; the scores of all rows and the rows drawn by them; or rows
-that each rank has chosen itself. The order of the joined batch is rank by rank, within a rank as captured.
+First one collective in which the ranks agree on what is usable and how many terms (`hpcsngd.optim.rows`)
+its rows have: they are padded to the most on any rank, and summed up everywhere where one rank has done so.
+Then one or two more, all layers in one buffer each, for what a method needs: all rows; the scores of all
+rows and the rows drawn by them; or rows that each rank has chosen itself. The order of the joined batch is
+rank by rank, within a rank as captured.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.capture import MisalignedError, Rows
+from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.curvature import take_rows
-from hpcsngd.optim.linalg import row_scores
+from hpcsngd.optim.rows import Rows, common_terms
 
 _NOT_FINITE, _MISALIGNED = -1, -2
 
@@ -48,11 +49,16 @@ def agree(communicator: Communicator, local: Mapping[str, Rows | MisalignedError
         communicator: does and counts the exchange.
         local: this rank's rows by layer; every rank has the same layers in the same order.
     """
-    table = communicator.gather_numbers("gather", _usable_rows(local))
-    columns = dict(zip(local, zip(*table, strict=True), strict=True))
+    table = communicator.gather_numbers("gather", [*_usable_rows(local), *_terms(local)])
+    columns = dict(zip(local, zip(*(numbers[: len(local)] for numbers in table), strict=True), strict=True))
+    terms = dict(zip(local, zip(*(numbers[len(local) :] for numbers in table), strict=True), strict=True))
     faults = {name: text for name, column in columns.items() if (text := _fault(local[name], column))}
     names = [name for name, column in columns.items() if name not in faults and sum(column) > 0]
-    rows = {name: found for name in names if isinstance(found := local[name], Rows)}
+    rows = {
+        name: found.with_terms(common_terms(terms[name]))
+        for name in names
+        if isinstance(found := local[name], Rows)
+    }
     return Usable(rows, [[columns[name][rank] for name in names] for rank in range(len(table))], faults)
 
 
@@ -63,7 +69,7 @@ def join_all(communicator: Communicator, usable: Usable) -> dict[str, Rows]:
 
 def join_scores(communicator: Communicator, usable: Usable) -> dict[str, Tensor]:
     """Returns the scores of the samples of all ranks by layer, float64."""
-    local = [row_scores(*rows) for rows in usable.rows.values()]
+    local = [rows.scores() for rows in usable.rows.values()]
     return dict(zip(usable.rows, communicator.join_rows("gather", local, usable.counts), strict=True))
 
 
@@ -81,7 +87,7 @@ def join_chosen(communicator: Communicator, usable: Usable, chosen: Mapping[str,
         parts = _by_rank(chosen[name], [of_rank[layer] for of_rank in usable.counts])
         for of_rank, part in zip(chosen_counts, parts, strict=True):
             of_rank.append(len(part))
-        mine[name] = take_rows(rows, parts[communicator.rank])
+        mine[name] = rows.take(parts[communicator.rank])
     return _join(communicator, mine, chosen_counts)
 
 
@@ -112,19 +118,30 @@ def join_blocks(
     Returns:
         The joined blocks, and for the other layers which ranks failed.
     """
-    sizes = [_NOT_FINITE if block is None else len(block.rows.a) for block in local.values()]
+    sizes = [_NOT_FINITE if block is None else len(block.rows) for block in local.values()]
     table = communicator.gather_numbers("gather", sizes)
     columns = dict(zip(local, zip(*table, strict=True), strict=True))
     good = {name: block for name, block in local.items() if block is not None and min(columns[name]) >= 0}
-    tensors = [t for block in good.values() for t in (*block.rows, block.mixing.flatten(), block.left_out)]
+    tensors = [
+        t for block in good.values() for t in (*block.rows.tensors, block.mixing.flatten(), block.left_out)
+    ]
     counts = [
-        [count for name in good for r in [columns[name][rank]] for count in (r, r, r * r, 1)]
+        [
+            count
+            for name, block in good.items()
+            for r in [columns[name][rank]]
+            for count in (*(r for _ in block.rows.tensors), r * r, 1)
+        ]
         for rank in range(len(table))
     ]
     parts = iter(communicator.join_rows("gather", tensors, counts))
     joined = {
-        name: Block(Rows(next(parts), next(parts)), _block_diagonal(next(parts), columns[name]), next(parts))
-        for name in good
+        name: Block(
+            block.rows.replaced([next(parts) for _ in block.rows.tensors]),
+            _block_diagonal(next(parts), columns[name]),
+            next(parts),
+        )
+        for name, block in good.items()
     }
     failed = {name: [rank for rank, r in enumerate(column) if r < 0] for name, column in columns.items()}
     return joined, {
@@ -143,15 +160,18 @@ def _block_diagonal(flat: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _usable_rows(local: Mapping[str, Rows | MisalignedError]) -> list[int]:
     """Returns for each layer its number of rows, or a negative code for a fault."""
-    finite = [
-        rows.a.isfinite().all() & rows.g.isfinite().all() for rows in local.values() if isinstance(rows, Rows)
-    ]
+    finite = [rows.is_finite() for rows in local.values() if isinstance(rows, Rows)]
     # One transfer from the device for all layers.
     answers = iter(torch.stack(finite).tolist() if finite else [])
     return [
-        _MISALIGNED if isinstance(rows, MisalignedError) else len(rows.a) if next(answers) else _NOT_FINITE
+        _MISALIGNED if isinstance(rows, MisalignedError) else len(rows) if next(answers) else _NOT_FINITE
         for rows in local.values()
     ]
+
+
+def _terms(local: Mapping[str, Rows | MisalignedError]) -> list[int]:
+    """Returns for each layer its terms per sample; a layer with a fault is not joined, whatever this says."""
+    return [rows.terms if isinstance(rows, Rows) else 1 for rows in local.values()]
 
 
 def _fault(rows: Rows | MisalignedError, column: Sequence[int]) -> str:
@@ -167,10 +187,14 @@ def _fault(rows: Rows | MisalignedError, column: Sequence[int]) -> str:
 def _join(
     communicator: Communicator, local: Mapping[str, Rows], counts: Sequence[Sequence[int]]
 ) -> dict[str, Rows]:
-    tensors = [tensor for rows in local.values() for tensor in rows]
-    doubled = [[count for count in of_rank for _ in range(2)] for of_rank in counts]
-    joined = communicator.join_rows("gather", tensors, doubled)
-    return {name: Rows(*joined[2 * index : 2 * index + 2]) for index, name in enumerate(local)}
+    widths = [len(rows.tensors) for rows in local.values()]
+    tensors = [tensor for rows in local.values() for tensor in rows.tensors]
+    repeated = [
+        [count for count, width in zip(of_rank, widths, strict=True) for _ in range(width)]
+        for of_rank in counts
+    ]
+    joined = iter(communicator.join_rows("gather", tensors, repeated))
+    return {name: rows.replaced([next(joined) for _ in rows.tensors]) for name, rows in local.items()}
 
 
 def _by_rank(chosen: Tensor, counts: Sequence[int]) -> list[Tensor]:

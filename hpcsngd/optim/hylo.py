@@ -27,14 +27,16 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcsngd import dist
 from hpcsngd.optim import verify
 from hpcsngd.optim.base import Preconditioner, Schedule
+from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
 from hpcsngd.optim.checks import at_least_one_step, check_choice, check_method, positive, switch_rule
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.compare import Comparison
 from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
+from hpcsngd.optim.covering import Skip, find_layers
 from hpcsngd.optim.curvature import Complement, SampleCurvature
 from hpcsngd.optim.hybrid import Switch, SwitchRule
-from hpcsngd.optim.layers import Layer, find_layers
+from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
 from hpcsngd.optim.records import Communication, Fallback, Kept, LayerCheck, Memory, PhaseTime, StepRecord
 from hpcsngd.optim.schedules import DampingDecay
@@ -44,7 +46,6 @@ from hpcsngd.optim.stopwatch import Stopwatch
 logger = logging.getLogger(__name__)
 
 Method = Literal["sngd", "kid", "kis", "hybrid"]
-ConvMode = Literal["reduce"]
 LossReduction = Literal["mean", "sum"]
 Rescale = Literal["none", "damping", "norm"]
 
@@ -73,9 +74,16 @@ class HyLo(Preconditioner):
     Where a sample has several positions (pixels of a convolution, tokens of a Linear, calls of a layer used
     more than once) ``conv_mode`` says what stands for its gradient ``sum_s g_s x_s^T``:
 
-    * ``"reduce"``: ``(sum_s g_s)(mean_s x_s)^T``, one row per sample as in HyLo, but with the sum of the
-      output gradients where HyLo's published code has their mean. That keeps it the size of a true
-      per-sample gradient (exact for the bias), so one damping fits convolutions and linear layers.
+    * ``"reduce"``: ``(sum_s g_s)(mean_s x_s)^T``, as if every position had the mean output gradient. One
+      outer product per sample as in HyLo, but with the sum of the output gradients where HyLo's published
+      code has their mean. That keeps it the size of a true per-sample gradient (exact for the bias), so one
+      damping fits convolutions and linear layers.
+    * ``"exact"``: the true gradient, so F is the layer's true empirical Fisher and a given damping means
+      exactly what it says. Costs about a second weight gradient at refreshes, and memory for a gradient of
+      the layer per sample of all ranks (`hpcsngd.optim.rows`). One backward pass per forward pass only.
+    * ``"paper"``: ``(mean_s g_s)(mean_s x_s)^T``, what HyLo's published code computes. With S positions F is
+      S^2 times smaller than in ``"reduce"``: at one damping for all layers, the early convolutions get
+      little more than ``g / damping``. For comparisons; a damping tuned for it fits no other mode.
 
     Methods. ``"sngd"`` uses every sample. ``"kid"`` keeps the pivots of the kernel and interpolates the
     others from them. ``"kis"`` draws samples without replacement with probability in proportion to
@@ -121,7 +129,8 @@ class HyLo(Preconditioner):
             layers: all v are multiplied by ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section
             5). After ``rescale``. A number or a function of the step; None: no bound.
         conv_mode: see above.
-        skip: regular expressions; layers whose name matches one anywhere are left to the optimizer.
+        skip: layers to leave to the optimizer: regular expressions found anywhere in a module's name, names
+            of module classes, or module classes; what is inside a skipped module is skipped as well.
         loss_reduction: see above.
         accumulation_steps: micro-batches per step.
         rescale: what becomes of the preconditioned gradient v of a layer. ``"none"``: v. ``"damping"``:
@@ -155,7 +164,7 @@ class HyLo(Preconditioner):
         complement: Complement = "damped",
         kl_clip: Schedule | None = None,
         conv_mode: ConvMode = "reduce",
-        skip: Sequence[str] = (),
+        skip: Sequence[Skip] = (),
         loss_reduction: LossReduction = "mean",
         accumulation_steps: int = 1,
         rescale: Rescale = "none",
@@ -194,7 +203,7 @@ class HyLo(Preconditioner):
         self._observer = Observer(observe)
         self._stopwatch = Stopwatch(profile)
         self._communicator = communicator or Communicator()
-        self._capture = Capture(self._layers, dtype, self._stopwatch)
+        self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
         self._curvature: dict[str, SampleCurvature] = {}
         self._comparison = Comparison()
         self._kept: tuple[Kept, ...] = ()
@@ -277,8 +286,9 @@ class HyLo(Preconditioner):
         """Compares this method with the dense oracle on layers of the user's own model.
 
         The truth is the exact per-sample gradient, so that the error contains what ``conv_mode`` and a
-        compressed method leave out; for SNGD on layers without positions it is rounding alone. ``rescale``
-        and ``kl_clip`` are left out. See `Preconditioner.verify` for arguments and result.
+        compressed method leave out; for SNGD in mode ``exact``, and on layers without positions in any mode,
+        it is rounding alone. ``rescale`` and ``kl_clip`` are left out. See `Preconditioner.verify` for
+        arguments and result.
         """
         model = copy.deepcopy(self._model).double().eval()
         model.zero_grad()
@@ -410,7 +420,7 @@ class HyLo(Preconditioner):
                 self._used,
                 self._compression.rule.name,
                 sketch.batch,
-                len(sketch.rows.a),
+                len(sketch.rows),
             )
             for name, sketch in batch.sketches.items()
             if sketch is not None and self._used != "sngd"
@@ -446,15 +456,14 @@ class HyLo(Preconditioner):
             return None
         curvature, product = self._curvature.get(layer.name), None
         with self._stopwatch.phase("precondition"):
-            grad = verify.matrix(gradients).to(self._capture.rows_dtype(layer))
+            grad = layer.to_matrix(gradients).to(self._capture.rows_dtype(layer))
             if self._switch is not None:
                 self._switch.add(layer.name, grad)
             result = grad if curvature is None else curvature.solve(grad)
             if curvature is not None:
                 rescaled = self._rescaled(result, grad, curvature.damping)
-                pieces = torch.split(rescaled, [gradient[0].numel() for gradient in gradients], 1)
-                for gradient, piece in zip(gradients, pieces, strict=True):
-                    gradient.copy_(piece.reshape(gradient.shape))
+                for gradient, piece in zip(gradients, layer.from_matrix(rescaled), strict=True):
+                    gradient.copy_(piece)
                 product = None if self._kl_clip is None else (rescaled * grad).sum(dtype=torch.float64)
         with self._stopwatch.phase("observe"):
             self._observe(layer.name, grad, result)
@@ -536,7 +545,7 @@ class HyLo(Preconditioner):
 
     def _load_layer(self, layer: Layer, saved: Mapping[str, Any]) -> SampleCurvature:
         try:
-            return SampleCurvature.from_state(saved, layer.row_sizes, self._like(layer))
+            return SampleCurvature.from_state(saved, layer.row_sizes, layer.groups, self._like(layer))
         except ValueError as error:
             raise ValueError(f"state of layer {layer.name}: {error}") from error
 

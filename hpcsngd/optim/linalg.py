@@ -1,13 +1,6 @@
-"""Damped natural gradient in sample space: pure functions on the rows of one layer.
+"""Damped natural gradient in sample space: pure functions on small matrices.
 
-Notation, used by every function here: a layer with weight (and bias as last column) ``M`` of shape
-``(d_out, d_in)`` has ``n`` samples with rows ``a`` of shape ``(n, d_in)`` and ``g`` of shape ``(n, d_out)``.
-The gradient of sample i's own loss is the matrix ``g_i a_i^T``; with ``u_i = vec(g_i a_i^T)`` the curvature
-is
-
-    F = 1/n sum_i u_i u_i^T                                  (d_out d_in) x (d_out d_in), never formed
-    K = U U^T = (a a^T) o (g g^T)                            n x n, o = elementwise (Khatri-Rao Gram)
-
+Notation as in `hpcsngd.optim.rows`: ``n`` samples, ``U`` with rows ``u_i``, ``F = 1/n U^T U``, ``K = U U^T``
 and, by the push-through identity,
 
     (F + damping I)^-1 vec(M) = (vec(M) - 1/n U^T y) / damping,   (K/n + damping I) y = U vec(M).
@@ -22,18 +15,6 @@ from torch import Tensor
 
 #: How often the Cholesky factorization is retried, each time with ten times the jitter.
 JITTER_ATTEMPTS = 6
-
-
-def khatri_rao_gram(a: Tensor, g: Tensor) -> Tensor:
-    """Returns ``K``, shape ``(n, n)``: the inner products of the per-sample gradients."""
-    return (a @ a.T) * (g @ g.T)
-
-
-def row_scores(a: Tensor, g: Tensor) -> Tensor:
-    """Returns the diagonal of ``K``, shape ``(n,)``, float64: squared norms of the per-sample gradients."""
-    a_norms: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
-    g_norms: Tensor = torch.linalg.vector_norm(g, dim=1, dtype=torch.float64)
-    return (a_norms * g_norms).square()
 
 
 def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
@@ -62,16 +43,6 @@ def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
             return factor, jitter
         jitter *= 10
     return None
-
-
-def project(a: Tensor, g: Tensor, grad: Tensor) -> Tensor:
-    """Returns ``t_i = g_i^T M a_i``, shape ``(n,)``: ``U vec(M)`` for ``M = grad``."""
-    return ((g @ grad) * a).sum(1)
-
-
-def combine(a: Tensor, g: Tensor, y: Tensor) -> Tensor:
-    """Returns ``sum_i y_i g_i a_i^T``, shape ``(d_out, d_in)``: ``U^T y`` as a matrix."""
-    return (g * y.unsqueeze(1)).T @ a
 
 
 def pivoted_cholesky(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:

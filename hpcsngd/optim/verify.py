@@ -19,9 +19,9 @@ from hpcsngd.optim.records import LayerCheck
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def matrix(parts: Sequence[Tensor]) -> Tensor:
-    """Returns weight and bias (or their gradients) as one matrix, the bias as last column."""
-    return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+def flat(parts: Sequence[Tensor]) -> Tensor:
+    """Returns weight and bias (or their gradients) as one vector; no solution depends on the order."""
+    return torch.cat([part.flatten() for part in parts])
 
 
 def choose_layers(layers: Sequence[Layer], count: int, max_entries: int) -> dict[str, str]:
@@ -53,7 +53,7 @@ def own_gradients(
     for i in range(len(batch[0])):
         value = loss(model(batch[0][i : i + 1]), batch[1][i : i + 1])
         gradients = torch.autograd.grad(value, list(parameters), materialize_grads=True)
-        rows.append(matrix(gradients).flatten())
+        rows.append(flat(gradients))
     return torch.stack(rows)
 
 
@@ -125,4 +125,4 @@ def check(
 
 def _gradient(layer: Layer) -> Tensor | None:
     gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
-    return matrix(gradients).clone() if len(gradients) == len(layer.parameters) else None
+    return flat(gradients) if len(gradients) == len(layer.parameters) else None

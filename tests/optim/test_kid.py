@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpcsngd.optim import HyLo
-from hpcsngd.optim.capture import Rows
 from hpcsngd.optim.compress import Compression
 from hpcsngd.optim.curvature import SampleCurvature, Sketch
-from hpcsngd.optim.linalg import khatri_rao_gram, pivoted_cholesky
+from hpcsngd.optim.linalg import pivoted_cholesky
+from hpcsngd.optim.rows import FactoredRows, Rows
 from hpcsngd.optim.selection import RankRule
 from tests.optim import models, oracle
 
@@ -22,16 +22,28 @@ DAMPING = 0.05
 seeds = st.integers(0, 2**31)
 
 
-def problem(seed: int, n: int, *, decay: float = 0.0, d_in: int = 7, d_out: int = 5) -> tuple[Rows, Tensor]:
+def problem(
+    seed: int, n: int, *, decay: float = 0.0, d_in: int = 7, d_out: int = 5
+) -> tuple[FactoredRows, Tensor]:
     """Returns rows whose features shrink like ``1 / index^decay``, and their mean gradient."""
     generator = torch.Generator().manual_seed(seed)
     a, g = (torch.randn(n, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out))
     a, g = (rows / torch.arange(1, rows.shape[1] + 1).double() ** decay for rows in (a, g))
-    return Rows(a, g), g.T @ a / n
+    return one_term(a, g), g.T @ a / n
 
 
-def gradients(rows: Rows) -> Tensor:
-    return torch.einsum("no,ni->noi", rows.g, rows.a).flatten(1)
+def one_term(a: Tensor, g: Tensor) -> FactoredRows:
+    """Returns rows of the outer products of ``a`` of shape ``(n, d_in)`` and ``g`` of ``(n, d_out)``."""
+    return FactoredRows(a[:, None, None], g[:, None, None])
+
+
+def factors(rows: FactoredRows) -> tuple[Tensor, Tensor]:
+    """Returns what `one_term` was given."""
+    return rows.a[:, 0, 0], rows.g[:, 0, 0]
+
+
+def gradients(rows: FactoredRows) -> Tensor:
+    return torch.einsum("nxyo,nxyi->noi", rows.g, rows.a).flatten(1)
 
 
 def sketch(rows: Rows, rank: int, *, residual: bool = False, damping: float = DAMPING) -> Sketch:
@@ -82,7 +94,7 @@ def test_full_rank_is_sngd(n: int, residual: bool) -> None:
     """Also with more samples than directions (60 > 35), where the kernel is singular."""
     rows, grad = problem(3, n)
     assert error(rows, grad, n, residual=residual) < 1e-9
-    assert len(sketch(rows, n).rows.a) == min(n, 35)
+    assert len(sketch(rows, n).rows) == min(n, 35)
 
 
 def test_full_rank_is_sngd_on_a_model() -> None:
@@ -156,7 +168,7 @@ def test_is_positive_definite(seed: int, rank: int, residual: bool) -> None:
 def test_order_of_samples_does_not_matter(seed: int, rank: int, residual: bool) -> None:
     rows, grad = problem(seed, 20)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
-    shuffled = Rows(rows.a[order], rows.g[order])
+    shuffled = rows.take(order)
     found = solve(shuffled, grad, rank, residual=residual)
     assert oracle.relative_error(found, solve(rows, grad, rank, residual=residual)) < 1e-9
 
@@ -164,7 +176,7 @@ def test_order_of_samples_does_not_matter(seed: int, rank: int, residual: bool) 
 def test_repeating_every_sample_changes_nothing() -> None:
     """One N everywhere: twice the samples with twice the N is the same F, kept rows and result."""
     rows, grad = problem(0, 12)
-    twice = Rows(torch.cat([rows.a] * 2), torch.cat([rows.g] * 2))
+    twice = rows.take(torch.arange(12).repeat(2))
     for rank in (3, 8, 12):
         for residual in (False, True):
             found = solve(twice, grad, rank, residual=residual)
@@ -181,26 +193,26 @@ def test_nearly_equal_samples(spread: float, residual: bool, dtype: torch.dtype)
     """
     base, _ = problem(1, 3)
     noise, _ = problem(2, 24)
-    a, g = (x.repeat(8, 1) + spread * y for x, y in zip(base, noise, strict=True))
-    rows, grad = Rows(a.to(dtype), g.to(dtype)), (g.T @ a / 24)
+    a, g = (x.repeat(8, 1) + spread * y for x, y in zip(factors(base), factors(noise), strict=True))
+    rows, grad = one_term(a.to(dtype), g.to(dtype)), (g.T @ a / 24)
     found = solve(rows, grad.to(dtype), 24, residual=residual)
-    exact = oracle.dense_solution(gradients(Rows(a, g)), grad, DAMPING)
-    top = float(khatri_rao_gram(a, g).diagonal().max()) / DAMPING
+    exact = oracle.dense_solution(gradients(one_term(a, g)), grad, DAMPING)
+    top = float(one_term(a, g).scores().max()) / DAMPING
     rounding = (24 * torch.finfo(torch.float64).eps) ** 0.5 + torch.finfo(dtype).eps
     assert oracle.relative_error(found.double(), exact) < rounding * top
     if spread < 1e-10 and dtype == torch.float64:
         assert oracle.relative_error(found, exact) < 1e-9
-        assert len(sketch(rows, 24).rows.a) == 3
+        assert len(sketch(rows, 24).rows) == 3
 
 
 def test_zero_rows_are_never_kept() -> None:
     rows, grad = problem(0, 10)
-    silent = Rows(rows.a, rows.g * (torch.arange(10) < 4).unsqueeze(1))
+    silent = rows.scaled((torch.arange(10) < 4).double())
     found = sketch(silent, 8)
-    assert len(found.rows.a) == 4
-    assert bool(found.rows.g.any(1).all())
-    nothing = sketch(Rows(rows.a, torch.zeros_like(rows.g)), 8)
-    assert len(nothing.rows.a) == 0
+    assert len(found.rows) == 4
+    assert bool((found.rows.scores() > 0).all())
+    nothing = sketch(rows.scaled(0.0), 8)
+    assert len(nothing.rows) == 0
     everything_zero = SampleCurvature.build(nothing, nothing.kernel(), DAMPING)
     assert torch.equal(everything_zero.solve(grad), grad / DAMPING)
 
@@ -208,14 +220,14 @@ def test_zero_rows_are_never_kept() -> None:
 def test_a_kernel_that_is_not_finite_gives_nothing() -> None:
     rows, _ = problem(0, 6)
     compression = Compression(RankRule(low_rank=3), False, False, "joined", 0)
-    assert compression.sketch("kid", "x", Rows(rows.a * 1e200, rows.g), 0, DAMPING) is None
+    assert compression.sketch("kid", "x", rows.scaled(1e200), 0, DAMPING) is None
 
 
 @given(seeds, st.integers(1, 12))
 @settings(deadline=None, max_examples=30)
 def test_pivoted_cholesky(seed: int, rank: int) -> None:
     rows, _ = problem(seed, 12)
-    kernel = khatri_rao_gram(*rows)
+    kernel = rows.gram()
     pivots, factor = pivoted_cholesky(kernel, rank)
     assert len(set(pivots.tolist())) == len(pivots) == rank
     left = kernel - factor.T @ factor

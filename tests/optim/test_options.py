@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpcsngd.optim import HyLo
-from hpcsngd.optim.capture import Rows
 from hpcsngd.optim.compress import Compression
 from hpcsngd.optim.curvature import SampleCurvature, Sketch
-from hpcsngd.optim.linalg import khatri_rao_gram, row_scores
 from hpcsngd.optim.selection import RankRule, apportion, draw_rows
 from tests.optim import models, oracle
 from tests.optim.test_kid import gradients, problem, projection
@@ -63,9 +61,9 @@ def test_share_by_scores_keeps_at_least_as_many(seed: int, share: float) -> None
     """KIS sees the kernel's diagonal only, which never needs fewer samples than the spectrum."""
     rows, _ = problem(seed, 16)
     rule = RankRule(share=share)
-    by_scores = rule.rows(16, row_scores(*rows))
-    assert by_scores >= rule.rows(16, torch.linalg.eigvalsh(khatri_rao_gram(*rows)))
-    ordered = row_scores(*rows).sort(descending=True).values
+    by_scores = rule.rows(16, rows.scores())
+    assert by_scores >= rule.rows(16, torch.linalg.eigvalsh(rows.gram()))
+    ordered = rows.scores().sort(descending=True).values
     assert float(ordered[:by_scores].sum()) >= share * float(ordered.sum()) * (1 - 1e-12)
 
 
@@ -122,7 +120,7 @@ def test_complement_equals_its_dense_formula(method: str, complement: Any) -> No
 def test_complement_of_degenerate_rows(rows: str) -> None:
     """Equal samples span one direction; zero samples none, and the gradient stays plain."""
     some, grad = problem(0, 1)
-    all_ = Rows(some.a.repeat(6, 1), some.g.repeat(6, 1) * (rows == "equal"))
+    all_ = some.take(torch.zeros(6, dtype=torch.int64)).scaled(float(rows == "equal"))
     sketch = Sketch(all_, 6, 6)
     found = SampleCurvature.build(sketch, sketch.kernel(), DAMPING, "plain").solve(grad).flatten()
     u = gradients(all_)
@@ -139,7 +137,7 @@ def test_complement_survives_a_resume() -> None:
     for name, state in hylo.state_dict()["layers"].items():
         loaded = other.state_dict()["layers"][name]
         assert set(state) == set(loaded) >= {"mixing", "span", "scale"}
-        assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(loaded[k])) for k in state)
+        torch.testing.assert_close(loaded, state, rtol=0, atol=0)
 
 
 def test_residual_complement_overshoots_less() -> None:
@@ -245,7 +243,7 @@ def test_unbiased_at_ratio_one_is_sngd() -> None:
 def test_fewer_rows_than_asked_are_fine(unbiased: bool) -> None:
     """Three samples of twelve have a gradient, six are asked for: F is theirs."""
     rows, grad = problem(0, 12)
-    silent = Rows(rows.a, rows.g * (torch.arange(12) % 4 == 0).unsqueeze(1))
+    silent = rows.scaled((torch.arange(12) % 4 == 0).double())
     compression = Compression(RankRule(low_rank=6), False, unbiased, "joined", 0)
     sketch = compression.sketch("kis", "x", silent, 0, DAMPING)
     found = SampleCurvature.build(sketch, sketch.kernel(), DAMPING).solve(grad)

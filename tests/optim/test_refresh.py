@@ -125,5 +125,5 @@ def test_foreign_state_is_refused(change: dict[str, Any], message: str) -> None:
 def test_state_of_another_shape_names_the_layer() -> None:
     state = training.train("mlp", [6], 1, {"damping": 0.05})["state"]["hylo"]
     hylo = HyLo(models.mlp(bias=False), damping=0.05)
-    with pytest.raises(ValueError, match=r"state of layer 0: rows and factor have shapes \[\(6, 6\)"):
+    with pytest.raises(ValueError, match=r"state of layer 0: rows have shapes \[\(6, 1, 1, 6\)"):
         hylo.load_state_dict(state)
