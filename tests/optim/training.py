@@ -18,6 +18,7 @@ from tests.optim import models, oracle
 BUILDERS: dict[str, Any] = {
     "mlp": (models.mlp, (5,)),
     "conv": (lambda: models.conv_net(kernel_size=3, stride=2, padding=1), (3, 8, 7)),
+    "tokens": (lambda: models.seeded(models.Tokens), (2, 5)),
 }
 
 
@@ -76,6 +77,20 @@ def train(
     }
 
 
+def step_on_sequences(lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    """Steps once; rank r has three sequences of ``lengths[r]`` tokens, one process has them all."""
+    model = models.seeded(models.Tokens)
+    hylo = HyLo(model, damping=0.05, loss_reduction="sum", **options)
+    for length in lengths[dist.rank() :: dist.world_size()]:
+        oracle.sum_loss(model, *oracle.batch(model, (3, length, 5), seed=length)).backward()
+    average_gradients(model)
+    hylo.step()
+    return {
+        "gradients": [p.grad * dist.world_size() for p in model.parameters()],
+        "record": hylo.diagnostics(),
+    }
+
+
 def train_with_ddp(steps: int, accumulation_steps: int) -> list[Tensor]:
     """Trains as users do: mean loss, DDP, default scale, even batches of 8 in all, ``no_sync`` in between."""
     model = models.mlp()
@@ -114,10 +129,44 @@ def train_through_a_fault(steps: int, fault: str) -> dict[str, Any]:
         oracle.mean_loss(model, x, target).backward()
         faulty = step == 1 and dist.rank() == dist.world_size() - 1
         if faulty and fault == "rows":
-            hylo._capture._calls["2"][0].output_sums[0, 0] = float("nan")
+            hylo._capture._calls["2"][0][0].output_sums[0, 0] = float("nan")
         average_gradients(model)
         failing = mock.patch("hpcsngd.optim.curvature.jittered_cholesky", return_value=None)
         with failing if faulty and fault == "kernel" else nullcontext():
             hylo.step()
         gradients.append([p.grad.clone() for p in model.parameters()])
     return {"gradients": gradients, "failures": hylo.diagnostics().failures, "state": hylo.state_dict()}
+
+
+def train_hybrid(sizes: list[int], steps: int) -> dict[str, Any]:
+    """Trains with the online hybrid method, three steps per epoch on the same three batches."""
+    model = models.mlp()
+    hylo = HyLo(model, damping=0.05, method="hybrid", low_rank=4, switch={"eta": 0.3})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    count, methods, changes = sum(sizes), [], []
+    for step in range(steps):
+        x, target = oracle.batch(models.mlp(), (count, 5), seed=step % 3)
+        mine = share(sizes)
+        optimizer.zero_grad()
+        loss = oracle.own_losses(model, x[mine], target[mine]).sum() * dist.world_size() / count
+        loss.backward()
+        average_gradients(model)
+        hylo.set_progress(step / 3, 0.02)
+        hylo.step(sample_scale=count / dist.world_size())
+        optimizer.step()
+        record = hylo.diagnostics()
+        methods.append(record.method)
+        changes += [decision.change for decision in record.switches]
+    return {"methods": methods, "changes": changes, "gradients": [p.grad for p in model.parameters()]}
+
+
+def verify_on_one_rank() -> list[float]:
+    """Returns the errors that rank 0 finds while the other ranks do something else."""
+    hylo = HyLo(models.mlp(), damping=0.05)
+    checks = []
+    if dist.rank() == 0:
+        checks = list(
+            hylo.verify(oracle.batch(models.mlp(), (6, 5)), lambda y, t: (y - t).square().sum(1).mean())
+        )
+    dist.barrier()
+    return [check.error for check in checks]
