@@ -164,6 +164,38 @@ _ALL = (
         doc="Effective matrix rank of the kernels at each refresh; with diagnostics.rank_analysis.",
     ),
     Table(
+        "kept",
+        ("step", "layer"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            _LAYER,
+            Column("method", "str", "", "kid or kis"),
+            Column("rule", "str", "", "what decided how many: ratio, low_rank or share"),
+            Column("samples", "int", "samples", "in the batch, all ranks"),
+            Column("kept", "int", "samples", "of those"),
+        ),
+        doc="Samples that a compressed method kept at each refresh; with diagnostics.rank_analysis.",
+    ),
+    Table(
+        "switches",
+        ("step",),
+        (
+            _ATTEMPT,
+            Column(
+                "step", "int", "steps", "optimizer steps done; the decision holds from the next refresh on"
+            ),
+            Column("epoch", "int", "", "the epoch that begins"),
+            Column("method", "str", "", "kid in critical regimes, otherwise kis"),
+            Column("reason", "str", "", "what decided"),
+            Column("change", "float", "", "relative change of the gradient norm; nan where not looked at"),
+            Column("norm", "float", "", "gradient norm of the latest check; nan before the first"),
+            Column("lr", "float", "", "learning rate at the beginning of the epoch"),
+        ),
+        doc="Every decision of the hybrid method; written whenever there is one.",
+    ),
+    Table(
         "grad_norm",
         ("step", "layer"),
         (

@@ -192,12 +192,14 @@ class Trainer:
         with self._stopwatch.phase("update"):
             if self._config.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parts.model.parameters(), self._config.clip_norm)
+            optimizers.set_multiplier(parts.optimizers, self._multiplier())
         if parts.preconditioner is not None:
+            epoch = self.progress.step / self._sampler.steps_per_epoch
+            parts.preconditioner.set_progress(epoch, parts.optimizers[0].param_groups[0]["lr"])
             parts.preconditioner.step(
                 sample_scale=size / dist.world_size(), grad_scale=parts.scaler.get_scale()
             )
         with self._stopwatch.phase("update"):
-            optimizers.set_multiplier(parts.optimizers, self._multiplier())
             for optimizer in parts.optimizers:
                 parts.scaler.step(optimizer)
             parts.scaler.update()

@@ -111,11 +111,9 @@ class Recorder:
         self._attempt, self._steps_per_epoch, self._started = attempt, steps_per_epoch, started
         is_first = dist.rank() == 0
         self._sink = _tensorboard(run, first_step) if diagnostics.tensorboard and is_first else None
-        self._files = {
-            name: CsvWriter(run.metrics(name, dist.rank()), TABLES[name])
-            for name in _tables(diagnostics)
-            if is_first or TABLES[name].per_rank
-        }
+        self._run = run
+        self._wanted = {name for name in _tables(diagnostics) if is_first or TABLES[name].per_rank}
+        self._files: dict[str, CsvWriter] = {}
 
     def train(self, progress: Progress, lr: float) -> None:
         """Writes a row of train.csv from the sums since the last one."""
@@ -183,8 +181,12 @@ class Recorder:
                 calls=sent.calls,
                 size_bytes=sent.size_bytes,
             )
+        for decision in record.switches:
+            self._put("switches", attempt=self._attempt, **asdict(decision))
         if not record.refresh:
             return
+        for kept in record.kept:
+            self._put("kept", **self._place(step), **_without_step(kept))
         for held in record.memory:
             self._put("memory", **here, kind=held.kind, size_bytes=held.size_bytes)
         for spectrum in record.rank_analysis:
@@ -208,8 +210,11 @@ class Recorder:
         return time.monotonic() - self._started
 
     def _put(self, table: str, **values: rundir.Value) -> None:
-        if table in self._files:
-            self._files[table].write(**values)
+        if table not in self._wanted:
+            return
+        if table not in self._files:
+            self._files[table] = CsvWriter(self._run.metrics(table, dist.rank()), TABLES[table])
+        self._files[table].write(**values)
 
     def _place(self, step: int) -> dict[str, rundir.Value]:
         return {"attempt": self._attempt, "epoch": step / self._steps_per_epoch, "step": step}
@@ -224,12 +229,12 @@ class Recorder:
 
 
 def _tables(diagnostics: Diagnostics) -> list[str]:
-    wanted = ["train", "eval"]
+    wanted = ["train", "eval", "switches"]
     if diagnostics.profiling:
         wanted += ["profiling", "communication", "memory"]
-    return wanted + [
-        name for name in ("rank_analysis", "grad_norm", "grad_error") if getattr(diagnostics, name)
-    ]
+    if diagnostics.rank_analysis:
+        wanted += ["rank_analysis", "kept"]
+    return wanted + [name for name in ("grad_norm", "grad_error") if getattr(diagnostics, name)]
 
 
 def _without_step(record: Any) -> dict[str, rundir.Value]:

@@ -253,6 +253,34 @@ def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         train(make_run(tmp_path, **{"diagnostics.tensorboard": "true"}))
 
 
+def test_the_hybrid_method_follows_epochs_and_writes_its_decisions(tmp_path: Path) -> None:
+    hybrid = {
+        "preconditioner": "{name: hylo, method: hybrid, ratio: 0.5, rescale: norm, refresh_every: 2,"
+        " switch: {windows: [[1, 2]]}}",
+        "diagnostics.rank_analysis": "true",
+        "epochs": 3,
+    }
+    run = make_run(tmp_path, **hybrid)
+    assert train(run)
+    assert [(row["epoch"], row["method"]) for row in rows(run, "switches")] == [
+        (0, "kis"), (1, "kid"), (2, "kis"),
+    ]  # fmt: skip
+    kept = rows(run, "kept")
+    assert {row["method"] for row in kept} == {"kid", "kis"}
+    assert all(0 < row["kept"] <= row["samples"] // 2 + 1 for row in kept)
+
+
+def test_damping_decays_by_epochs_and_exact_convolutions_train(tmp_path: Path) -> None:
+    decay = "{initial: 1.0, target: 0.2, epochs: 3}"
+    settings = f"{{name: hylo, damping: {decay}, refresh_every: 1, conv_mode: exact, rescale: norm}}"
+    run = make_run(tmp_path, preconditioner=settings, epochs=3, **{"diagnostics.rank_analysis": "true"})
+    assert train(run)
+    dampings = list(dict.fromkeys(row["damping"] for row in rows(run, "rank_analysis")))
+    assert dampings[0] == 1.0
+    assert dampings == sorted(dampings, reverse=True)
+    assert 0.2 <= dampings[-1] < 0.5
+
+
 def test_progress_is_logged_once_per_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert train(make_run(tmp_path))
