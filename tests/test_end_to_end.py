@@ -107,7 +107,8 @@ def test_status_and_report_read_it_back(finished) -> None:
 
 def test_interrupted_wait_leaves_the_run_alone(tmp_path: Path) -> None:
     waiting = subprocess.Popen(
-        [sys.executable, "-m", "hpcsngd", "submit", *QUICK, "--wait", "--run-root", "runs"],
+        # long enough that it cannot end between its first row and the signal
+        [sys.executable, "-m", "hpcsngd", "submit", *QUICK, "--set", "epochs=60", "--wait"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
