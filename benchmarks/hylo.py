@@ -109,7 +109,7 @@ class Trainer:
         """Trains one step; returns the CPU seconds of it and of ``HyLo.step`` in it."""
         begin, inside = time.process_time(), 0.0
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(self.x), self.target).backward()
+        nn.functional.cross_entropy(self.model(self.x), self.target).backward()  # type: ignore[no-untyped-call]
         if self.hylo is not None:
             before = time.process_time()
             self.hylo.step()
