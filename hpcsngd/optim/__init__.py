@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from hpcsngd.optim.base import Preconditioner as Preconditioner
 from hpcsngd.optim.base import Schedule as Schedule
+from hpcsngd.optim.dropin import PreconditionedSGD as PreconditionedSGD
+from hpcsngd.optim.hybrid import SwitchRule as SwitchRule
 from hpcsngd.optim.hylo import HyLo as HyLo
+from hpcsngd.optim.records import LayerCheck as LayerCheck
 from hpcsngd.optim.records import StepRecord as StepRecord
+from hpcsngd.optim.schedules import DampingDecay as DampingDecay
 
 #: Every preconditioner by the name that experiments use.
 PRECONDITIONERS: dict[str, type[Preconditioner]] = {"hylo": HyLo}
@@ -20,3 +28,38 @@ def get(name: str) -> type[Preconditioner]:
     if name not in PRECONDITIONERS:
         raise ValueError(f"unknown preconditioner {name!r}; known: {', '.join(PRECONDITIONERS)}")
     return PRECONDITIONERS[name]
+
+
+def optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    **options: Any,
+) -> PreconditionedSGD:
+    """Returns the preconditioner called ``name`` and SGD as one torch optimizer.
+
+    Args:
+        name: key of `PRECONDITIONERS`.
+        model: the model, or its DistributedDataParallel wrapper.
+        lr: learning rate.
+        momentum: heavy-ball momentum.
+        weight_decay: coupled, added after preconditioning.
+        nesterov: Nesterov's form of momentum.
+        options: of the preconditioner.
+
+    Raises:
+        ValueError: an unknown name, or what the preconditioner refuses.
+    """
+    build: Any = get(name)
+    return PreconditionedSGD(
+        model,
+        build(model, **options),
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )

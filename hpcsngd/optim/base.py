@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from hpcsngd.optim.records import StepRecord
+from torch import Tensor
+
+from hpcsngd.optim.records import LayerCheck, StepRecord
 
 #: A hyper-parameter: a number, or a function of the preconditioner's step (0 for the first).
 Schedule: TypeAlias = "float | Callable[[int], float]"
@@ -47,6 +49,44 @@ class Preconditioner(ABC):
                 default: derived from the loss reduction and the number of samples.
             grad_scale: the factor of a gradient scaler that captured output gradients still carry; ``.grad``
                 must already be unscaled.
+        """
+
+    def set_progress(self, epoch: float, lr: float) -> None:  # noqa: B027 - a method may not care
+        """Tells how far training is; call it before every ``step()``.
+
+        Does nothing where no hyper-parameter follows epochs or the learning rate.
+
+        Args:
+            epoch: epochs done, with its fraction: steps done over steps per epoch.
+            lr: learning rate of the coming step.
+        """
+
+    @abstractmethod
+    def verify(
+        self,
+        batch: tuple[Tensor, Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        layers: int = 8,
+        max_entries: int = 2048,
+        max_samples: int = 64,
+    ) -> tuple[LayerCheck, ...]:
+        """Compares this method with the dense oracle on layers of the user's own model.
+
+        On a copy of the model, in float64 and evaluation mode, the oracle computes each sample's gradient by
+        itself, forms the curvature matrix and solves; the method runs on the same copy, with its settings and
+        damping of now, in this process alone. Model, gradients, random numbers and this preconditioner stay
+        as they are.
+
+        Args:
+            batch: inputs and targets, samples first.
+            loss: of outputs and targets, the mean over the samples (or the sum, as in training).
+            layers: how many layers to sample, evenly over those that are small enough.
+            max_entries: largest layer to compare, in weight and bias entries: the matrix has their square.
+            max_samples: the batch is cut to so many.
+
+        Returns:
+            One record for each covered layer; those skipped say why.
         """
 
     @abstractmethod

@@ -15,15 +15,33 @@ from hpcsngd import dist
 
 
 class Communicator:
-    """Collectives of a preconditioner, counted by phase and operation."""
+    """Collectives of a preconditioner, counted by phase and operation.
 
-    def __init__(self) -> None:
+    Args:
+        alone: whether this process keeps to itself, as if there were no others.
+    """
+
+    def __init__(self, *, alone: bool = False) -> None:
+        self._alone = alone
         self._traffic: dict[tuple[str, str], tuple[int, int]] = {}
 
     @property
     def rank(self) -> int:
         """Returns this process's rank."""
-        return dist.rank()
+        return 0 if self._alone else dist.rank()
+
+    @property
+    def world_size(self) -> int:
+        """Returns the number of ranks that take part."""
+        return 1 if self._alone else dist.world_size()
+
+    def from_first(self, phase: str, number: float) -> float:
+        """Returns rank 0's number on every rank."""
+        if self.world_size == 1:
+            return number
+        local = torch.tensor([number], dtype=torch.float64)
+        self._count(phase, "broadcast", local.nbytes)
+        return float(dist.broadcast(local))
 
     def take_traffic(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Returns ``(phase, op) -> (calls, bytes)`` since the last call, and starts over."""
@@ -33,12 +51,12 @@ class Communicator:
     def gather_numbers(self, phase: str, numbers: Sequence[int]) -> list[list[int]]:
         """Returns every rank's numbers, in rank order; equally many on every rank."""
         local = torch.tensor(numbers, dtype=torch.int64)
-        return [part.tolist() for part in self._all_gather(phase, local, [len(numbers)] * dist.world_size())]
+        return [part.tolist() for part in self._all_gather(phase, local, [len(numbers)] * self.world_size)]
 
     def sum_numbers(self, phase: str, numbers: Sequence[int]) -> list[int]:
         """Returns the element-wise sum over the ranks."""
-        if not numbers:
-            return []
+        if not numbers or self.world_size == 1:
+            return list(numbers)
         local = torch.tensor(numbers, dtype=torch.int64)
         self._count(phase, "all_reduce", local.nbytes)
         total: list[int] = dist.all_reduce_sum(local).tolist()
@@ -53,7 +71,7 @@ class Communicator:
                 from the number of rows. All travel in one collective.
             rows: for every rank, the rows of each of its parts.
         """
-        if dist.world_size() == 1 or not tensors:
+        if self.world_size == 1 or not tensors:
             return list(tensors)
         widths = [tensor.shape[1:].numel() for tensor in tensors]
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -66,10 +84,11 @@ class Communicator:
         ]
 
     def _all_gather(self, phase: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        if self.world_size == 1:
+            return [tensor]
         self._count(phase, "all_gather", max(sizes) * tensor.element_size())
         return dist.all_gather_rows(tensor, sizes)
 
     def _count(self, phase: str, op: str, size_bytes: int) -> None:
-        if dist.world_size() > 1:
-            calls, total = self._traffic.get((phase, op), (0, 0))
-            self._traffic[phase, op] = (calls + 1, total + size_bytes)
+        calls, total = self._traffic.get((phase, op), (0, 0))
+        self._traffic[phase, op] = (calls + 1, total + size_bytes)

@@ -1,92 +1,185 @@
-"""One layer's curvature in sample space: what a refresh computes and every step applies."""
+"""One layer's curvature in sample space: what a refresh computes and every step applies.
+
+Every method ends in a *sketch*: some rows, and how they stand for the whole batch,
+
+    F = 1/N U^T L L^T U,       U: the rows kept, L = I where ``mixing`` is None.
+
+    SNGD              all rows, N = their number
+    KIS, published    the rows drawn, N = their number
+    KIS, unbiased     the rows drawn, each times the root of its weight, N = samples of the batch
+    KID               the rows kept, L from the interpolation (`hpcsngd.optim.kid`), N = samples of the batch
+
+By the push-through identity, ``(F + damping I)^-1 M = (M - 1/N U^T y) / damping`` with
+``y = L (L^T K L / N + damping I)^-1 L^T U M``.
+
+The complement. What is orthogonal to every kept row has no curvature here, so it is divided by the damping
+alone: with a small damping the least known directions take the longest steps. ``scale`` replaces that
+``1 / damping``: with Q the projection on the span of the kept rows,
+``V = Q (F + damping I)^-1 M + scale (M - Q M)``, where ``Q M = U^T K^-1 U M``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.capture import Rows
-from hpcsngd.optim.linalg import jittered_cholesky, khatri_rao_gram, sample_space_solve
+from hpcsngd.optim.linalg import jittered_cholesky
+from hpcsngd.optim.rows import Rows, rows_from
+
+#: What scales the complement: 1 / damping, 1, or 1 / (damping + mean eigenvalue of what was left out).
+Complement = Literal["damped", "plain", "residual"]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Rows that stand for a batch.
+
+    Attributes:
+        rows: of r samples.
+        samples: N in the formulas above.
+        batch: samples in the batch.
+        mixing: ``L``, shape ``(r, r)``; None for the identity.
+        left_out: mean eigenvalue of the curvature that the rows do not carry; 0.0 if they carry all.
+    """
+
+    rows: Rows
+    samples: int
+    batch: int
+    mixing: Tensor | None = None
+    left_out: float = 0.0
+
+    def kernel(self) -> Tensor:
+        """Returns ``L^T K L / N``, shape ``(r, r)``: it has the nonzero eigenvalues of F."""
+        kernel = kernel_of(self.rows) * (len(self.rows) / self.samples)
+        return kernel if self.mixing is None else self.mixing.T @ kernel @ self.mixing
 
 
 @dataclass(frozen=True)
 class SampleCurvature:
-    """``F = 1/n sum_i u_i u_i^T`` of the rows given, with its damping; tensors are never changed in place.
+    """A sketch with its damping, ready to solve; tensors are never changed in place.
 
     Attributes:
-        rows: ``a`` of shape ``(n, d_in)`` and ``g`` of shape ``(n, d_out)``.
-        factor: lower Cholesky factor of ``K/n + (damping + jitter) I``, shape ``(n, n)``.
+        rows: of the sketch.
+        samples: of the sketch.
+        factor: lower Cholesky factor of ``L^T K L / N + (damping + jitter) I``, shape ``(r, r)``.
         damping: in units of F's eigenvalues. It stays the refresh's until the next one, so that the factor
             and the division by it always agree.
         jitter: what rounding made necessary in addition; 0.0 normally.
+        mixing: of the sketch.
+        scale: of the complement; None for ``1 / damping``.
+        span: lower Cholesky factor of ``K/N``, shape ``(r, r)``; None where ``scale`` is.
     """
 
     rows: Rows
+    samples: int
     factor: Tensor
     damping: float
     jitter: float
+    mixing: Tensor | None
+    scale: float | None
+    span: Tensor | None
 
     @classmethod
-    def build(cls, rows: Rows, kernel: Tensor, damping: float) -> SampleCurvature | None:
-        """Returns the curvature of ``rows``; None if it cannot be factorized.
+    def build(
+        cls, sketch: Sketch, kernel: Tensor, damping: float, complement: Complement = "damped"
+    ) -> SampleCurvature | None:
+        """Returns the curvature of a sketch; None if it cannot be factorized.
 
         Args:
-            rows: of the joined batch, or those of it that a method keeps.
-            kernel: `kernel_of` these rows.
+            sketch: the rows and their meaning.
+            kernel: `Sketch.kernel` of it.
             damping: positive.
+            complement: what scales the directions that no kept row has.
         """
         identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
         factorized = jittered_cholesky(kernel + damping * identity)
-        if factorized is None:
+        scale, span = _complement_scale(complement, damping, sketch.left_out), None
+        if scale is not None:
+            span = _span_factor(kernel_of(sketch.rows) * (len(kernel) / sketch.samples))
+        if factorized is None or (scale is not None and span is None):
             return None
         factor, jitter = factorized
-        return cls(rows, factor, damping, jitter)
+        return cls(sketch.rows, sketch.samples, factor, damping, jitter, sketch.mixing, scale, span)
 
     def solve(self, grad: Tensor) -> Tensor:
-        """Returns ``(F + damping I)^-1 grad`` for a layer matrix of shape ``(d_out, d_in)``."""
-        return sample_space_solve(self.rows.a, self.rows.g, self.factor, self.damping, grad)
+        """Returns ``(F + damping I)^-1 grad``, its complement scaled, for a matrix ``(d_out, d_in)``."""
+        t = self.rows.project(grad).unsqueeze(1)
+        mixed = t if self.mixing is None else self.mixing.T @ t
+        y = torch.cholesky_solve(mixed, self.factor)
+        y = y if self.mixing is None else self.mixing @ y
+        if self.span is None or self.scale is None:
+            return (grad - self.rows.combine(y[:, 0]) / self.samples) / self.damping
+        inside = torch.cholesky_solve(t, self.span)
+        y = y / self.damping + (self.scale - 1 / self.damping) * inside
+        return self.scale * grad - self.rows.combine(y[:, 0]) / self.samples
 
     @property
     def size_bytes(self) -> tuple[int, int]:
-        """Returns the bytes of the rows and of the factor."""
-        return self.rows.a.nbytes + self.rows.g.nbytes, self.factor.nbytes
+        """Returns the bytes of the rows and of the factors."""
+        factors = [tensor for tensor in (self.factor, self.mixing, self.span) if tensor is not None]
+        return self.rows.size_bytes, sum(tensor.nbytes for tensor in factors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the curvature as tensors and numbers."""
-        return {
-            "a": self.rows.a,
-            "g": self.rows.g,
+        """Returns the curvature as tensors and numbers; what is None is left out."""
+        state = {
+            "rows": list(self.rows.tensors),
+            "samples": self.samples,
             "factor": self.factor,
             "damping": self.damping,
             "jitter": self.jitter,
         }
+        extra = {"mixing": self.mixing, "scale": self.scale, "span": self.span}
+        return state | {name: value for name, value in extra.items() if value is not None}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], sizes: tuple[int, int], like: Tensor) -> SampleCurvature:
+    def from_state(
+        cls, state: Mapping[str, Any], sizes: tuple[int, int], groups: int, like: Tensor
+    ) -> SampleCurvature:
         """Returns the curvature saved in ``state``, on the device and in the dtype of ``like``.
 
         Args:
             state: from `state_dict`.
             sizes: ``(d_in, d_out)`` of the layer.
+            groups: of the layer.
             like: an empty tensor.
 
         Raises:
             ValueError: the shapes are not those of the layer.
         """
-        a, g, factor = state["a"], state["g"], state["factor"]
-        expected = [(len(a), sizes[0]), (len(a), sizes[1]), (len(a), len(a))]
-        found = [tuple(tensor.shape) for tensor in (a, g, factor)]
-        if found != expected:
-            raise ValueError(f"rows and factor have shapes {found}, the layer wants {expected}")
+        rows, factor = rows_from(state["rows"], sizes, groups), state["factor"]
+        if tuple(factor.shape) != (len(rows), len(rows)):
+            raise ValueError(f"factor of {len(rows)} rows has shape {tuple(factor.shape)}")
+        mixing, span = (state[name].to(like) if name in state else None for name in ("mixing", "span"))
         return cls(
-            Rows(a.to(like), g.to(like)), factor.to(like), float(state["damping"]), float(state["jitter"])
+            rows.to(like),
+            state["samples"],
+            factor.to(like),
+            state["damping"],
+            state["jitter"],
+            mixing,
+            state.get("scale"),
+            span,
         )
 
 
 def kernel_of(rows: Rows) -> Tensor:
-    """Returns ``K/n``, shape ``(n, n)``: it has the nonzero eigenvalues of F."""
-    return khatri_rao_gram(rows.a, rows.g) / len(rows.a)
+    """Returns ``K/n``, shape ``(n, n)``: it has the nonzero eigenvalues of the F of these rows."""
+    return rows.gram() / len(rows)
+
+
+def _complement_scale(complement: Complement, damping: float, left_out: float) -> float | None:
+    if complement == "plain":
+        return 1.0
+    return 1 / (damping + left_out) if complement == "residual" and left_out > 0 else None
+
+
+def _span_factor(kernel: Tensor) -> Tensor | None:
+    """Returns the factor of ``kernel`` plus its rounding: equal or zero samples make it singular."""
+    info = torch.finfo(kernel.dtype)
+    noise = len(kernel) * info.eps * kernel.diagonal().max().clamp_min(info.tiny / info.eps)
+    factorized = jittered_cholesky(kernel + noise * torch.eye(len(kernel)).to(kernel))
+    return None if factorized is None else factorized[0]

@@ -1,87 +1,177 @@
-"""Joins the rows that the ranks captured into one batch, the same on every rank.
+"""Joins what the ranks captured into one batch, the same on every rank.
 
-Two collectives, or three for a method that keeps a part of the samples: how many usable rows each rank has,
-the scores of all rows, the (kept) rows of all layers in one buffer. The order of the joined batch is rank by
-rank, within a rank as captured.
+First one collective in which the ranks agree on what is usable and how many terms (`hpcsngd.optim.rows`)
+its rows have: they are padded to the most on any rank, and summed up everywhere where one rank has done so.
+Then one or two more, all layers in one buffer each, for what a method needs: all rows; the scores of all
+rows and the rows drawn by them; or rows that each rank has chosen itself. The order of the joined batch is
+rank by rank, within a rank as captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.capture import MisalignedError, Rows
+from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.linalg import row_scores
-
-#: (layer, float64 scores of the joined batch) -> ascending indices of the samples to keep.
-Choice = Callable[[str, Tensor], Tensor]
+from hpcsngd.optim.rows import Rows, common_terms
 
 _NOT_FINITE, _MISALIGNED = -1, -2
 
 
 @dataclass(frozen=True)
-class JoinedBatch:
-    """The rows of all ranks.
+class Usable:
+    """This rank's rows, without layers that have no sample or a fault on some rank.
 
     Attributes:
-        kept: layer -> the rows that the method keeps; layers without samples or with a fault are missing.
-        everything: layer -> all rows, where they were asked for; otherwise empty.
+        rows: layer -> rows, the same layers on every rank.
+        counts: for every rank, its samples of each of these layers.
         faults: layer -> what made the rows of some rank unusable, naming the ranks.
     """
 
-    kept: dict[str, Rows]
-    everything: dict[str, Rows]
+    rows: dict[str, Rows]
+    counts: list[list[int]]
     faults: dict[str, str]
 
+    def samples(self) -> dict[str, int]:
+        """Returns the samples of the joined batch by layer."""
+        columns = zip(*self.counts, strict=True)
+        return {name: sum(column) for name, column in zip(self.rows, columns, strict=True)}
 
-def join_batch(
-    communicator: Communicator,
-    local: Mapping[str, Rows | MisalignedError],
-    choose: Choice | None = None,
-    *,
-    everything: bool = False,
-) -> JoinedBatch:
-    """Gathers the rows of all ranks.
+
+def agree(communicator: Communicator, local: Mapping[str, Rows | MisalignedError]) -> Usable:
+    """Returns what can be used on all ranks.
 
     Args:
         communicator: does and counts the exchange.
         local: this rank's rows by layer; every rank has the same layers in the same order.
-        choose: which samples of a layer to keep; default: all.
-        everything: whether to gather the rows that are not kept as well.
     """
-    table = communicator.gather_numbers("gather", _usable_rows(local))
-    columns = dict(zip(local, zip(*table, strict=True), strict=True))
+    table = communicator.gather_numbers("gather", [*_usable_rows(local), *_terms(local)])
+    columns = dict(zip(local, zip(*(numbers[: len(local)] for numbers in table), strict=True), strict=True))
+    terms = dict(zip(local, zip(*(numbers[len(local) :] for numbers in table), strict=True), strict=True))
     faults = {name: text for name, column in columns.items() if (text := _fault(local[name], column))}
     names = [name for name, column in columns.items() if name not in faults and sum(column) > 0]
-    usable = {name: rows for name in names if isinstance(rows := local[name], Rows)}
-    counts = [[columns[name][rank] for name in names] for rank in range(len(table))]
-    if choose is None:
-        joined = _join(communicator, usable, counts)
-        return JoinedBatch(joined, joined if everything else {}, faults)
-    scores = communicator.join_rows("gather", [row_scores(*rows) for rows in usable.values()], counts)
-    chosen = {name: choose(name, score) for name, score in zip(names, scores, strict=True)}
-    if everything:
-        joined = _join(communicator, usable, counts)
-        kept = {name: _take(joined[name], chosen[name]) for name in names}
-        return JoinedBatch(kept, joined, faults)
-    return JoinedBatch(_join_chosen(communicator, usable, counts, chosen), {}, faults)
+    rows = {
+        name: found.with_terms(common_terms(terms[name]))
+        for name in names
+        if isinstance(found := local[name], Rows)
+    }
+    return Usable(rows, [[columns[name][rank] for name in names] for rank in range(len(table))], faults)
+
+
+def join_all(communicator: Communicator, usable: Usable) -> dict[str, Rows]:
+    """Returns the rows of all ranks by layer."""
+    return _join(communicator, usable.rows, usable.counts)
+
+
+def join_scores(communicator: Communicator, usable: Usable) -> dict[str, Tensor]:
+    """Returns the scores of the samples of all ranks by layer, float64."""
+    local = [rows.scores() for rows in usable.rows.values()]
+    return dict(zip(usable.rows, communicator.join_rows("gather", local, usable.counts), strict=True))
+
+
+def join_chosen(communicator: Communicator, usable: Usable, chosen: Mapping[str, Tensor]) -> dict[str, Rows]:
+    """Returns chosen rows by layer: each rank sends those that it has.
+
+    Args:
+        communicator: does and counts the exchange.
+        usable: from `agree`.
+        chosen: ascending indices into the joined batch by layer.
+    """
+    mine = {}
+    chosen_counts: list[list[int]] = [[] for _ in usable.counts]
+    for layer, (name, rows) in enumerate(usable.rows.items()):
+        parts = _by_rank(chosen[name], [of_rank[layer] for of_rank in usable.counts])
+        for of_rank, part in zip(chosen_counts, parts, strict=True):
+            of_rank.append(len(part))
+        mine[name] = rows.take(parts[communicator.rank])
+    return _join(communicator, mine, chosen_counts)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one rank keeps of its own rows.
+
+    Attributes:
+        rows: the kept ones.
+        mixing: how they stand for all rows of the rank, shape ``(r, r)``.
+        left_out: a number to be summed over the ranks, shape ``(1,)``.
+    """
+
+    rows: Rows
+    mixing: Tensor
+    left_out: Tensor
+
+
+def join_blocks(
+    communicator: Communicator, local: Mapping[str, Block | None]
+) -> tuple[dict[str, Block], dict[str, str]]:
+    """Joins what every rank has kept: rows one after the other, mixing as a block diagonal, numbers summed.
+
+    Args:
+        communicator: does and counts the exchange.
+        local: this rank's blocks by layer, the same layers on every rank; None where it failed.
+
+    Returns:
+        The joined blocks, and for the other layers which ranks failed.
+    """
+    sizes = [_NOT_FINITE if block is None else len(block.rows) for block in local.values()]
+    table = communicator.gather_numbers("gather", sizes)
+    columns = dict(zip(local, zip(*table, strict=True), strict=True))
+    good = {name: block for name, block in local.items() if block is not None and min(columns[name]) >= 0}
+    tensors = [
+        t for block in good.values() for t in (*block.rows.tensors, block.mixing.flatten(), block.left_out)
+    ]
+    counts = [
+        [
+            count
+            for name, block in good.items()
+            for r in [columns[name][rank]]
+            for count in (*(r for _ in block.rows.tensors), r * r, 1)
+        ]
+        for rank in range(len(table))
+    ]
+    parts = iter(communicator.join_rows("gather", tensors, counts))
+    joined = {
+        name: Block(
+            block.rows.replaced([next(parts) for _ in block.rows.tensors]),
+            _block_diagonal(next(parts), columns[name]),
+            next(parts),
+        )
+        for name, block in good.items()
+    }
+    failed = {name: [rank for rank, r in enumerate(column) if r < 0] for name, column in columns.items()}
+    return joined, {
+        name: f"kernel is not finite on rank {', '.join(map(str, ranks))}"
+        for name, ranks in failed.items()
+        if ranks
+    }
+
+
+def _block_diagonal(flat: Tensor, sizes: Sequence[int]) -> Tensor:
+    blocks = torch.split(flat, [size * size for size in sizes])
+    squares = [block.reshape(size, size) for block, size in zip(blocks, sizes, strict=True)]
+    diagonal: Tensor = torch.block_diag(*squares)  # type: ignore[no-untyped-call]
+    return diagonal
 
 
 def _usable_rows(local: Mapping[str, Rows | MisalignedError]) -> list[int]:
     """Returns for each layer its number of rows, or a negative code for a fault."""
-    finite = [
-        rows.a.isfinite().all() & rows.g.isfinite().all() for rows in local.values() if isinstance(rows, Rows)
-    ]
+    finite = [rows.is_finite() for rows in local.values() if isinstance(rows, Rows)]
     # One transfer from the device for all layers.
     answers = iter(torch.stack(finite).tolist() if finite else [])
     return [
-        _MISALIGNED if isinstance(rows, MisalignedError) else len(rows.a) if next(answers) else _NOT_FINITE
+        _MISALIGNED if isinstance(rows, MisalignedError) else len(rows) if next(answers) else _NOT_FINITE
         for rows in local.values()
     ]
+
+
+def _terms(local: Mapping[str, Rows | MisalignedError]) -> list[int]:
+    """Returns for each layer its terms per sample; a layer with a fault is not joined, whatever this says."""
+    return [rows.terms if isinstance(rows, Rows) else 1 for rows in local.values()]
 
 
 def _fault(rows: Rows | MisalignedError, column: Sequence[int]) -> str:
@@ -97,27 +187,14 @@ def _fault(rows: Rows | MisalignedError, column: Sequence[int]) -> str:
 def _join(
     communicator: Communicator, local: Mapping[str, Rows], counts: Sequence[Sequence[int]]
 ) -> dict[str, Rows]:
-    tensors = [tensor for rows in local.values() for tensor in rows]
-    doubled = [[count for count in of_rank for _ in range(2)] for of_rank in counts]
-    joined = communicator.join_rows("gather", tensors, doubled)
-    return {name: Rows(*joined[2 * index : 2 * index + 2]) for index, name in enumerate(local)}
-
-
-def _join_chosen(
-    communicator: Communicator,
-    local: Mapping[str, Rows],
-    counts: Sequence[Sequence[int]],
-    chosen: Mapping[str, Tensor],
-) -> dict[str, Rows]:
-    """Returns the chosen rows: each rank sends those that it has."""
-    mine = {}
-    chosen_counts: list[list[int]] = [[] for _ in counts]
-    for layer, (name, rows) in enumerate(local.items()):
-        parts = _by_rank(chosen[name], [of_rank[layer] for of_rank in counts])
-        for of_rank, part in zip(chosen_counts, parts, strict=True):
-            of_rank.append(len(part))
-        mine[name] = _take(rows, parts[communicator.rank])
-    return _join(communicator, mine, chosen_counts)
+    widths = [len(rows.tensors) for rows in local.values()]
+    tensors = [tensor for rows in local.values() for tensor in rows.tensors]
+    repeated = [
+        [count for count, width in zip(of_rank, widths, strict=True) for _ in range(width)]
+        for of_rank in counts
+    ]
+    joined = iter(communicator.join_rows("gather", tensors, repeated))
+    return {name: rows.replaced([next(joined) for _ in rows.tensors]) for name, rows in local.items()}
 
 
 def _by_rank(chosen: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -127,8 +204,3 @@ def _by_rank(chosen: Tensor, counts: Sequence[int]) -> list[Tensor]:
         parts.append(chosen[(chosen >= start) & (chosen < start + count)] - start)
         start += count
     return parts
-
-
-def _take(rows: Rows, index: Tensor) -> Rows:
-    on_device = index.to(rows.a.device)
-    return Rows(rows.a[on_device], rows.g[on_device])

@@ -1,19 +1,22 @@
-"""HyLo: damped natural gradient in sample space, exact (SNGD) or on an importance sample of the batch (KIS).
+"""HyLo: damped natural gradient in sample space, exact (SNGD) or low-rank (KID, KIS, hybrid).
 
 Source: Mu, Soori, Can, Gurbuzbalaban, Mehri Dehnavi, "HyLo: A Hybrid Low-Rank Natural Gradient Descent
-Method", SC 2022. The formulas are in `hpcsngd.optim.linalg`, what is captured in `hpcsngd.optim.capture`.
+Method", SC 2022. The formulas are in `hpcsngd.optim.linalg`, `curvature` and `kid`; what is captured in
+`hpcsngd.optim.capture`; which rows travel, and how many bytes, in `hpcsngd.optim.compress`.
 
 Ranks. Every rank gathers the (kept) rows of all ranks, because it needs them to precondition at every step,
-and then factorizes every layer's n x n kernel itself. Sending a kernel from an owner costs 4 n^2 bytes per
-layer against n^3/3 floating point operations for doing it again: at 10 GB/s and 10 TFLOP/s the copy only pays
-off above some ten thousand rows. KIS decides on the gathered scores and sends nothing but kept rows.
+and then factorizes every layer's r x r kernel itself. Sending a kernel from an owner costs 4 r^2 bytes per
+layer against r^3/3 floating point operations for doing it again: at 10 GB/s and 10 TFLOP/s the copy only pays
+off above some ten thousand rows.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,25 +25,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcsngd import dist
+from hpcsngd.optim import verify
 from hpcsngd.optim.base import Preconditioner, Schedule, value_at
+from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.curvature import SampleCurvature, kernel_of
-from hpcsngd.optim.gather import JoinedBatch, join_batch
-from hpcsngd.optim.layers import Layer, find_layers
+from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
+from hpcsngd.optim.covering import Skip, find_layers
+from hpcsngd.optim.curvature import Complement, SampleCurvature
+from hpcsngd.optim.hybrid import Switch, SwitchRule
+from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
-from hpcsngd.optim.records import Communication, Fallback, Memory, PhaseTime, StepRecord
-from hpcsngd.optim.selection import draw_rows, rows_to_keep
+from hpcsngd.optim.records import Communication, Fallback, Kept, LayerCheck, Memory, PhaseTime, StepRecord
+from hpcsngd.optim.schedules import DampingDecay
+from hpcsngd.optim.selection import RankRule
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["sngd", "kis"]
-ConvMode = Literal["reduce"]
+Method = Literal["sngd", "kid", "kis", "hybrid"]
 LossReduction = Literal["mean", "sum"]
 Rescale = Literal["none", "damping", "norm"]
 
-_STATE_FORMAT = "hylo/1"
+_STATE_FORMAT = "hylo/2"
 
 
 class HyLo(Preconditioner):
@@ -65,12 +72,31 @@ class HyLo(Preconditioner):
     Where a sample has several positions (pixels of a convolution, tokens of a Linear, calls of a layer used
     more than once) ``conv_mode`` says what stands for its gradient ``sum_s g_s x_s^T``:
 
-    * ``"reduce"``: ``(sum_s g_s)(mean_s x_s)^T``, one row per sample as in HyLo, but with the sum of the
-      output gradients where HyLo's published code has their mean. That keeps it the size of a true
-      per-sample gradient (exact for the bias), so one damping fits convolutions and linear layers.
+    * ``"reduce"``: ``(sum_s g_s)(mean_s x_s)^T``, as if every position had the mean output gradient. One
+      outer product per sample as in HyLo, but with the sum of the output gradients where HyLo's published
+      code has their mean. That keeps it the size of a true per-sample gradient (exact for the bias), so one
+      damping fits convolutions and linear layers.
+    * ``"exact"``: the true gradient, so F is the layer's true empirical Fisher and a given damping means
+      exactly what it says. Costs about a second weight gradient at refreshes, and memory for a gradient of
+      the layer per sample of all ranks (`hpcsngd.optim.rows`). One backward pass per forward pass only.
+    * ``"paper"``: ``(mean_s g_s)(mean_s x_s)^T``, what HyLo's published code computes. With S positions F is
+      S^2 times smaller than in ``"reduce"``: at one damping for all layers, the early convolutions get
+      little more than ``g / damping``. For comparisons; a damping tuned for it fits no other mode.
 
-    KIS keeps ``max(1, round(ratio * N))`` samples, drawn without replacement with probability in proportion
-    to ``||a_i||^2 ||g_i||^2``, and proceeds as if they were the whole batch (no re-weighting, as published).
+    Methods. ``"sngd"`` uses every sample. ``"kid"`` keeps the pivots of the kernel and interpolates the
+    others from them. ``"kis"`` draws samples without replacement with probability in proportion to
+    ``||a_i||^2 ||g_i||^2`` and proceeds as if they were the whole batch, as published (``unbiased``
+    re-weights them). ``"hybrid"`` is KID in critical regimes, KIS otherwise (`hpcsngd.optim.hybrid`); a
+    switch takes effect at the next refresh. How many samples are kept is decided for each layer and refresh
+    by one of ``ratio``, ``low_rank`` and ``share``, and is in the records.
+
+    One learning rate. Preconditioned gradients have another size than plain ones. ``rescale="damping"`` or
+    ``"norm"`` (grafting on SGD's step) brings them back, so that covered and other parameters share a rate;
+    ``kl_clip`` bounds the step of all covered layers together whatever their size; ``complement`` says how
+    far to go where the kept samples know nothing.
+
+    Epochs. A damping by epochs, the hybrid method and ``kl_clip`` need ``set_progress(epoch, lr)`` before
+    every ``step()``.
 
     Failure. A layer whose rows are not finite, or whose kernel cannot be factorized even with jitter, keeps
     its last good curvature; without one it keeps its plain gradient. All ranks agree; the event is logged
@@ -79,12 +105,29 @@ class HyLo(Preconditioner):
 
     Args:
         model: the model, or its DistributedDataParallel wrapper (names are those inside it).
-        method: ``"sngd"`` (every sample) or ``"kis"``.
-        damping: positive, or a function of the step, evaluated at refreshes and used until the next.
+        method: see above.
+        damping: positive; a function of the step; or a decay by epochs (`DampingDecay`, or a mapping of its
+            fields). Evaluated at refreshes and used until the next.
         refresh_every: steps between refreshes, or a function of the step; the first step refreshes.
-        ratio: share of the joined batch that KIS keeps, in (0, 1].
+        ratio: share of the joined batch that KID and KIS keep, in (0, 1].
+        low_rank: instead, how many samples they keep, whatever the batch size and number of ranks.
+        share: instead, keep as many as eigenvalues are needed for this share of their sum (KIS: as the
+            largest scores are needed for this share of theirs).
+        unbiased: whether KIS weighs the samples drawn so that F is that of the batch in expectation.
+        residual: whether KID carries the residual of the interpolation, as published. It costs a
+            factorization of the size of what was left out and buys nothing (`hpcsngd.optim.kid`).
+        kid_scope: ``"joined"``: KID decides on the gathered batch, alike for any number of ranks.
+            ``"local"``: each rank decides on its own samples and sends only what it keeps
+            (`hpcsngd.optim.compress`).
+        switch: rule of the hybrid method (`SwitchRule`, or a mapping of its fields).
+        complement: what scales the part of the gradient orthogonal to every kept row. ``"damped"``:
+            1 / damping, as the formula says. ``"plain"``: 1, the plain gradient. ``"residual"``:
+            1 / (damping + mean eigenvalue of the curvature that was left out). Before ``rescale``.
+        kl_clip: bound on ``lr^2 sum_layers v . g``; all v are scaled by one factor to meet it (K-FAC's clip,
+            Ba et al., ICLR 2017, section 5). A number or a function of the step; None: no bound.
         conv_mode: see above.
-        skip: regular expressions; layers whose name matches one anywhere are left to the optimizer.
+        skip: layers to leave to the optimizer: regular expressions found anywhere in a module's name, names
+            of module classes, or module classes; what is inside a skipped module is skipped as well.
         loss_reduction: see above.
         accumulation_steps: micro-batches per step.
         rescale: what becomes of the preconditioned gradient v of a layer. ``"none"``: v. ``"damping"``:
@@ -93,6 +136,7 @@ class HyLo(Preconditioner):
             the plain gradient's norm.
         dtype: of rows, kernels and solves; default: float32, or float64 for float64 weights.
         seed: of KIS's draws.
+        communicator: does the exchange with other ranks; default: with all of them.
         profile: whether to time the phases (waits for the GPU at each).
         observe: any of ``"rank_analysis"``, ``"grad_norm"``, ``"grad_error"``; see `hpcsngd.optim.records`.
 
@@ -105,50 +149,98 @@ class HyLo(Preconditioner):
         model: nn.Module,
         *,
         method: Method = "sngd",
-        damping: Schedule = 0.1,
+        damping: Schedule | DampingDecay | Mapping[str, float] = 0.1,
         refresh_every: Schedule = 1,
         ratio: float = 1.0,
+        low_rank: int | None = None,
+        share: float | None = None,
+        unbiased: bool = False,
+        residual: bool = False,
+        kid_scope: Scope = "joined",
+        switch: SwitchRule | Mapping[str, Any] | None = None,
+        complement: Complement = "damped",
+        kl_clip: Schedule | None = None,
         conv_mode: ConvMode = "reduce",
-        skip: Sequence[str] = (),
+        skip: Sequence[Skip] = (),
         loss_reduction: LossReduction = "mean",
         accumulation_steps: int = 1,
         rescale: Rescale = "none",
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
     ) -> None:
         _check_choice("method", method, get_args(Method))
+        _check_choice("kid_scope", kid_scope, get_args(Scope))
+        _check_choice("complement", complement, get_args(Complement))
         _check_choice("conv_mode", conv_mode, get_args(ConvMode))
         _check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
         _check_choice("rescale", rescale, get_args(Rescale))
-        if not 0 < ratio <= 1 or (method == "sngd" and ratio != 1):
-            raise ValueError(
-                f"ratio={ratio}: must be in (0, 1], and 1 for method 'sngd', which keeps every sample"
-            )
+        rule = RankRule(ratio, low_rank, share)
+        _check_method(method, rule, switch is not None)
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps={accumulation_steps}: must be at least 1")
-        self._method, self._ratio, self._rescale = method, ratio, rescale
-        self._damping_schedule, self._refresh_every = damping, refresh_every
+        self._method, self._rescale, self._complement = method, rescale, complement
+        self._damping_schedule = DampingDecay(**damping) if isinstance(damping, Mapping) else damping
+        self._refresh_every, self._kl_clip = refresh_every, kl_clip
         self._loss_reduction, self._accumulation_steps = loss_reduction, accumulation_steps
-        self._seed = seed
-        self._step, self._failures = 0, 0
+        self._compression = Compression(rule, residual, unbiased, kid_scope, seed)
+        self._switch = Switch(_switch_rule(switch)) if method == "hybrid" else None
+        self._step, self._failures, self._decisions_told = 0, 0, 0
+        self._progress: tuple[float, float] | None = None
         self._last_refresh: int | None = None
-        self._damping = _positive("damping", damping, 0)
+        self._damping = self._damping_at(0.0)
+        self._used: Plain = self._method_now
         _at_least_one_step(refresh_every, 0)
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        self._layers, self.skipped = find_layers(inner, skip)
-        self._observer = Observer(observe, method)
+        if kl_clip is not None:
+            _positive("kl_clip", kl_clip, 0)
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._layers, self.skipped = find_layers(self._model, skip)
+        self._observer = Observer(observe)
         self._stopwatch = Stopwatch(profile)
-        self._communicator = Communicator()
-        self._capture = Capture(self._layers, dtype, self._stopwatch)
+        self._communicator = communicator or Communicator()
+        self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
         self._curvature: dict[str, SampleCurvature] = {}
         self._exact: dict[str, SampleCurvature] = {}
-        self._record = StepRecord(0, False, self._damping, 0)
+        self._others: dict[tuple[str, str], SampleCurvature] = {}
+        self._kept: tuple[Kept, ...] = ()
+        self._record = StepRecord(0, False, self._damping, 0, method=self._used)
         self._closed = self._told_accumulation = False
+        # What `verify` builds on a copy of the model: the same method, by itself.
+        self._build_alike: Callable[..., HyLo] = partial(
+            type(self),
+            ratio=ratio,
+            low_rank=low_rank,
+            share=share,
+            unbiased=unbiased,
+            residual=residual,
+            complement=complement,
+            conv_mode=conv_mode,
+            skip=skip,
+            loss_reduction=loss_reduction,
+            seed=seed,
+            communicator=Communicator(alone=True),
+        )
         if self.skipped and dist.rank() == 0:
             text = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             logger.info("left to the base optimizer: %s", text)
+
+    def set_progress(self, epoch: float, lr: float) -> None:
+        """Tells how far training is; call it before every ``step()``.
+
+        Args:
+            epoch: epochs done, with its fraction: steps done over steps per epoch.
+            lr: learning rate of the coming step.
+
+        Raises:
+            ValueError: a number is negative or not finite.
+        """
+        if not (0 <= epoch < math.inf and 0 <= lr < math.inf):
+            raise ValueError(f"epoch={epoch}, lr={lr}: must be finite and not negative")
+        self._progress = (float(epoch), float(lr))
+        if self._switch is not None:
+            self._switch.advance(self._step, epoch, lr, partial(self._communicator.from_first, "switch"))
 
     def step(self, sample_scale: float | None = None, grad_scale: float = 1.0) -> None:
         """Overwrites ``.grad`` of the covered parameters by the preconditioned gradient.
@@ -161,38 +253,76 @@ class HyLo(Preconditioner):
 
         Raises:
             ValueError: a scale is not positive, or a schedule left its range.
-            RuntimeError: after `close`.
+            RuntimeError: after `close`, or without the `set_progress` that a setting needs.
         """
         if self._closed:
             raise RuntimeError("this preconditioner is closed")
         for name, scale in (("sample_scale", sample_scale), ("grad_scale", grad_scale)):
             if scale is not None and not (math.isfinite(scale) and scale > 0):
                 raise ValueError(f"{name}={scale}: must be positive")
+        self._check_progress()
         refreshed = False
         fallbacks: tuple[Fallback, ...] = ()
         with torch.no_grad(), torch.autocast(self._layers[0].module.weight.device.type, enabled=False):
             if self._capture.enabled:
                 refreshed, fallbacks = self._refresh(sample_scale, grad_scale)
-            for layer in self._layers:
-                self._precondition(layer)
+            products = [self._precondition(layer) for layer in self._layers]
+            self._clip([product for product in products if product is not None])
         self._step += 1
         self._capture.enabled = self._refresh_is_due()
         self._record = self._make_record(refreshed, fallbacks)
 
+    def verify(
+        self,
+        batch: tuple[Tensor, Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        layers: int = 8,
+        max_entries: int = 2048,
+        max_samples: int = 64,
+    ) -> tuple[LayerCheck, ...]:
+        """Compares this method with the dense oracle on layers of the user's own model.
+
+        The truth is the exact per-sample gradient, so that the error contains what ``conv_mode`` and a
+        compressed method leave out; for SNGD on layers without positions it is rounding alone. ``rescale``
+        and ``kl_clip`` are left out. See `Preconditioner.verify` for arguments and result.
+        """
+        model = copy.deepcopy(self._model).double().eval()
+        model.zero_grad()
+        inputs, targets = (
+            tensor[:max_samples].double() if tensor.is_floating_point() else tensor[:max_samples]
+            for tensor in batch
+        )
+        devices = [inputs.device] if inputs.device.type == "cuda" else []
+        modules: dict[str, Any] = dict(model.named_modules())
+        copies = [replace(layer, module=modules[layer.name]) for layer in self._layers]
+        reasons = verify.choose_layers(copies, layers, max_entries)
+        with torch.random.fork_rng(devices):
+            alike = self._build_alike(model, method=self._method_now, damping=self._damping)
+            checks = verify.check(alike, verify.Problem(model, copies, (inputs, targets), loss), reasons)
+        if dist.rank() == 0:
+            logger.info("compared with the dense oracle:\n%s", "\n".join(map(str, checks)))
+        return checks
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns the step, the draw's seed, damping, and every layer's joined rows and factor."""
+        """Returns step, progress, seed, damping, the switch, and every layer's rows and factors."""
         return {
             "format": _STATE_FORMAT,
             "step": self._step,
             "last_refresh": self._last_refresh,
-            "seed": self._seed,
+            "progress": self._progress,
+            "seed": self._compression.seed,
             "damping": self._damping,
+            "method": self._used,
             "failures": self._failures,
+            "switch": None if self._switch is None else self._switch.state_dict(),
             "layers": {name: curvature.state_dict() for name, curvature in self._curvature.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from ``state``, bit for bit on the same machine; any number of ranks may have saved it.
+
+        The state of another method loads too: its curvature serves until the next refresh.
 
         Raises:
             ValueError: another format, or layers that this model does not have in this shape.
@@ -206,9 +336,14 @@ class HyLo(Preconditioner):
         self._curvature = {
             name: self._load_layer(layers[name], saved) for name, saved in state["layers"].items()
         }
-        self._exact = {}
+        self._exact, self._others, self._kept = {}, {}, ()
         self._step, self._last_refresh = state["step"], state["last_refresh"]
-        self._seed, self._damping, self._failures = state["seed"], state["damping"], state["failures"]
+        self._progress = None if state["progress"] is None else tuple(state["progress"])
+        self._compression = replace(self._compression, seed=state["seed"])
+        self._damping, self._failures, self._used = state["damping"], state["failures"], state["method"]
+        if self._switch is not None and state["switch"] is not None:
+            self._switch.load_state_dict(state["switch"], {name: self._like(layers[name]) for name in layers})
+            self._decisions_told = len(self._switch.history)
         self._capture.clear()
         self._capture.enabled = self._refresh_is_due()
         self._record = self._make_record(refreshed=False, fallbacks=())
@@ -220,56 +355,92 @@ class HyLo(Preconditioner):
     def close(self) -> None:
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
         self._capture.close()
-        self._curvature, self._exact = {}, {}
+        self._curvature, self._exact, self._others = {}, {}, {}
         self._closed = True
+
+    @property
+    def _method_now(self) -> Plain:
+        """Returns the method of a refresh that happened now."""
+        if self._method == "hybrid":
+            return "kid" if self._switch is None or self._switch.is_critical else "kis"
+        return self._method
 
     def _refresh(self, sample_scale: float | None, grad_scale: float) -> tuple[bool, tuple[Fallback, ...]]:
         """Recomputes the curvature from the captured rows; returns whether there were any, and failures."""
-        damping = _positive("damping", self._damping_schedule, self._step)
+        damping = self._damping_at(self._progress[0] if self._progress else None)
         self._check_accumulation(sample_scale)
         with self._stopwatch.phase("capture"):
             local = self._capture.take(partial(self._own_loss_scale, sample_scale, grad_scale))
-        choose = self._choose if self._method == "kis" and self._ratio < 1 else None
         with self._stopwatch.phase("gather"):
-            batch = join_batch(self._communicator, local, choose, everything=self._observer.wants_exact)
-        if not batch.kept and not batch.faults:
+            batch = self._compression.gather(
+                self._communicator,
+                local,
+                self._method_now,
+                step=self._step,
+                damping=damping,
+                everything=self._observer.wants_exact,
+            )
+        if not batch.sketches and not batch.faults:
             return False, ()
+        self._used = self._method_now
         with self._stopwatch.phase("factorise"):
             faults = {**batch.faults, **self._factorise(batch, damping)}
         if self._observer.wants_exact:
             with self._stopwatch.phase("observe"):
-                self._factorise_exact(batch, damping)
+                self._factorise_to_compare(batch, damping)
         self._damping, self._last_refresh = damping, self._step
         self._failures += len(faults)
         return True, tuple(self._fall_back(name, reason) for name, reason in faults.items())
 
-    def _factorise(self, batch: JoinedBatch, damping: float) -> dict[str, str]:
+    def _factorise(self, batch: Batch, damping: float) -> dict[str, str]:
         """Replaces the curvature of every layer that has rows; returns where that failed, and why."""
         built: dict[str, SampleCurvature | None] = {}
-        for name, rows in batch.kept.items():
-            kernel = kernel_of(rows)
-            built[name] = SampleCurvature.build(rows, kernel, damping)
-            if built[name] is not None:
-                with self._stopwatch.phase("observe"):
-                    self._observer.kernel(name, kernel, damping)
+        for name, sketch in batch.sketches.items():
+            built[name] = None
+            if sketch is not None:
+                kernel = sketch.kernel()
+                built[name] = SampleCurvature.build(sketch, kernel, damping, self._complement)
+                if built[name] is not None:
+                    with self._stopwatch.phase("observe"):
+                        self._observer.kernel(name, kernel, damping)
         # The same rows on unlike hardware may fail on one rank only: one rank's failure is everybody's.
         failed = self._communicator.sum_numbers("factorise", [int(new is None) for new in built.values()])
         for (name, new), ranks in zip(built.items(), failed, strict=True):
             if new is not None and not ranks:
                 self._curvature[name] = new
+        self._kept = tuple(
+            Kept(
+                self._step + 1,
+                name,
+                self._used,
+                self._compression.rule.name,
+                sketch.batch,
+                len(sketch.rows),
+            )
+            for name, sketch in batch.sketches.items()
+            if sketch is not None and self._used != "sngd"
+        )
         return {
             name: "kernel is not positive definite"
             for name, ranks in zip(built, failed, strict=True)
             if ranks
         }
 
-    def _factorise_exact(self, batch: JoinedBatch, damping: float) -> None:
-        """Keeps, beside a compressed curvature, the exact one of the same batch."""
-        self._exact = {}
+    def _factorise_to_compare(self, batch: Batch, damping: float) -> None:
+        """Keeps the exact curvature of the same batch, and that of the other of KID and KIS."""
+        self._exact, self._others = {}, {}
+        methods: list[Plain] = ["sngd"]
+        methods += [other for other in ("kid", "kis") if self._method != "sngd" and other != self._used]
         for name, rows in batch.everything.items():
-            exact = SampleCurvature.build(rows, kernel_of(rows), damping)
-            if exact is not None:
-                self._exact[name] = exact
+            for method in methods:
+                sketch = self._compression.sketch(method, name, rows, self._step, damping)
+                if sketch is None:
+                    continue
+                built = SampleCurvature.build(sketch, sketch.kernel(), damping, self._complement)
+                if built is not None and method == "sngd":
+                    self._exact[name] = built
+                elif built is not None:
+                    self._others[name, method] = built
 
     def _fall_back(self, name: str, reason: str) -> Fallback:
         if dist.rank() == 0:
@@ -277,25 +448,48 @@ class HyLo(Preconditioner):
             logger.warning("step %d, layer %s: %s; using its %s", self._step + 1, name, reason, instead)
         return Fallback(self._step + 1, name, reason)
 
-    def _precondition(self, layer: Layer) -> None:
-        """Overwrites one layer's gradient, if it has a gradient and a curvature."""
-        gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
-        if len(gradients) < len(layer.parameters):
-            return
-        curvature = self._curvature.get(layer.name)
+    def _precondition(self, layer: Layer) -> Tensor | None:
+        """Overwrites a layer's gradient if it has one and a curvature; returns v . g if kl_clip wants it."""
+        gradients = _gradients(layer)
+        if not gradients:
+            return None
+        curvature, product = self._curvature.get(layer.name), None
         with self._stopwatch.phase("precondition"):
-            columns = [gradient.reshape(len(gradient), -1) for gradient in gradients]
-            grad = torch.cat(columns, 1).to(self._capture.rows_dtype(layer))
+            grad = layer.to_matrix(gradients).to(self._capture.rows_dtype(layer))
+            if self._switch is not None:
+                self._switch.add(layer.name, grad)
             result = grad if curvature is None else curvature.solve(grad)
             if curvature is not None:
                 rescaled = self._rescaled(result, grad, curvature.damping)
-                pieces = torch.split(rescaled, [column.shape[1] for column in columns], 1)
-                for gradient, piece in zip(gradients, pieces, strict=True):
-                    gradient.copy_(piece.reshape(gradient.shape))
+                for gradient, piece in zip(gradients, layer.from_matrix(rescaled), strict=True):
+                    gradient.copy_(piece)
+                product = None if self._kl_clip is None else (rescaled * grad).sum(dtype=torch.float64)
         with self._stopwatch.phase("observe"):
-            self._observer.gradient(layer.name, grad)
-            if layer.name in self._exact:
-                self._observer.error(layer.name, result, self._exact[layer.name].solve(grad))
+            self._observe(layer.name, grad, result)
+        return product
+
+    def _observe(self, layer: str, grad: Tensor, result: Tensor) -> None:
+        self._observer.gradient(layer, grad)
+        if layer not in self._exact:
+            return
+        exact = self._exact[layer].solve(grad)
+        self._observer.error(layer, self._used, result, exact)
+        for (name, method), other in self._others.items():
+            if name == layer:
+                self._observer.error(layer, method, other.solve(grad), exact)
+
+    def _clip(self, products: Sequence[Tensor]) -> None:
+        """Scales every preconditioned gradient by one factor so that ``lr^2 sum v . g <= kl_clip``."""
+        if self._kl_clip is None or self._progress is None or not products:
+            return
+        limit, lr = _positive("kl_clip", self._kl_clip, self._step), self._progress[1]
+        with self._stopwatch.phase("precondition"):
+            size = lr**2 * torch.stack(list(products)).sum()
+            factor = (limit / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_max(1)
+            for layer in self._layers:
+                if layer.name in self._curvature:
+                    for gradient in _gradients(layer):
+                        gradient.mul_(factor)
 
     def _rescaled(self, result: Tensor, grad: Tensor, damping: float) -> Tensor:
         if self._rescale == "damping":
@@ -305,9 +499,22 @@ class HyLo(Preconditioner):
             return result * ratio
         return result
 
-    def _choose(self, layer: str, scores: Tensor) -> Tensor:
-        keep = rows_to_keep(len(scores), self._ratio)
-        return draw_rows(scores, keep, seed=self._seed, step=self._step, layer=layer)
+    def _damping_at(self, epoch: float | None) -> float:
+        """Returns the damping of a refresh now; ``epoch`` is read where damping follows epochs."""
+        if isinstance(self._damping_schedule, DampingDecay):
+            return self._damping_schedule.at_epoch(epoch or 0.0)
+        return _positive("damping", self._damping_schedule, self._step)
+
+    def _check_progress(self) -> None:
+        """Refuses to guess an epoch or a learning rate."""
+        settings = {
+            "a damping by epochs": isinstance(self._damping_schedule, DampingDecay),
+            "method 'hybrid'": self._switch is not None,
+            "kl_clip": self._kl_clip is not None,
+        }
+        if self._progress is None and any(settings.values()):
+            wanting = " and ".join(name for name, needs in settings.items() if needs)
+            raise RuntimeError(f"{wanting}: call set_progress(epoch, lr) before step()")
 
     def _own_loss_scale(self, sample_scale: float | None, grad_scale: float, rows: int) -> float:
         """Returns what turns captured output gradients into gradients of each sample's own loss."""
@@ -332,21 +539,26 @@ class HyLo(Preconditioner):
             return True
         return self._step - self._last_refresh >= _at_least_one_step(self._refresh_every, self._step)
 
+    def _like(self, layer: Layer) -> Tensor:
+        """Returns an empty tensor on the device and in the dtype of the layer's rows."""
+        return torch.empty(0, device=layer.module.weight.device, dtype=self._capture.rows_dtype(layer))
+
     def _load_layer(self, layer: Layer, saved: Mapping[str, Any]) -> SampleCurvature:
-        weight = layer.module.weight
-        like = torch.empty(0, device=weight.device, dtype=self._capture.rows_dtype(layer))
         try:
-            return SampleCurvature.from_state(saved, layer.row_sizes, like)
+            return SampleCurvature.from_state(saved, layer.row_sizes, layer.groups, self._like(layer))
         except ValueError as error:
             raise ValueError(f"state of layer {layer.name}: {error}") from error
 
     def _make_record(self, refreshed: bool, fallbacks: tuple[Fallback, ...]) -> StepRecord:
         step = self._step
         sizes = {"rows": 0, "factors": 0}
-        for curvature in (*self._curvature.values(), *self._exact.values()):
+        kept = (*self._curvature.values(), *self._exact.values(), *self._others.values())
+        for curvature in kept:
             for kind, size in zip(sizes, curvature.size_bytes, strict=True):
                 sizes[kind] += size
         traffic = self._communicator.take_traffic()
+        decisions = () if self._switch is None else tuple(self._switch.history[self._decisions_told :])
+        self._decisions_told += len(decisions)
         return StepRecord(
             step,
             refreshed,
@@ -360,12 +572,32 @@ class HyLo(Preconditioner):
             grad_norm=self._observer.take_grad_norm(step),
             grad_error=self._observer.take_grad_error(step),
             fallbacks=fallbacks,
+            kept=self._kept if refreshed else (),
+            method=self._used,
+            switches=decisions,
         )
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def _check_method(method: str, rule: RankRule, has_switch: bool) -> None:
+    if method == "sngd" and not rule.keeps_everything:
+        raise ValueError(f"{rule.name}: method 'sngd' keeps every sample")
+    if has_switch and method != "hybrid":
+        raise ValueError(f"switch: method {method!r} does not switch; allowed with 'hybrid'")
+
+
+def _switch_rule(switch: SwitchRule | Mapping[str, Any] | None) -> SwitchRule:
+    return SwitchRule(**(switch or {})) if isinstance(switch, Mapping | None) else switch
+
+
+def _gradients(layer: Layer) -> list[Tensor]:
+    """Returns the gradients of all the layer's parameters, or none of them."""
+    gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
+    return gradients if len(gradients) == len(layer.parameters) else []
 
 
 def _positive(name: str, schedule: Schedule, step: int) -> float:

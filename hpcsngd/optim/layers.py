@@ -1,32 +1,40 @@
-"""Which layers a preconditioner covers, and what their inputs and output gradients mean.
+"""What the inputs and output gradients of each covered layer type mean, as one matrix at many positions.
 
 Shape contract, the same for every layer type. A layer call maps an input to an output; both carry one sample
 per entry of their first dimension and may carry *positions* (tokens, pixels) in further ones. The weight is a
 matrix ``(d_out, d_in)`` that is applied at each position s of sample i to an input vector ``x_is``:
 
-    Linear   x_is = the features at a position; positions = every dimension between the first and the last
-    Conv2d   x_is = the patch under the kernel, (channel, row, column) flattened; positions = output pixels
+    Linear           x_is = the features at a position; positions = every dimension between first and last
+    Conv             x_is = the patch under the kernel, (channel, taps) flattened; positions = output pixels
+    ConvTranspose    x_is = for each (channel, tap) the input pixel that the tap carries to this output pixel,
+                     zero if there is none; positions = output pixels
 
-With ``g_is`` the gradient at the output, the sample's own gradient is ``sum_s g_is x_is^T``. Both functions
-here reduce positions, without ever building the patches:
+The matrix of a ConvTranspose is its weight with input and output channels exchanged. With groups, rows of the
+matrix belong to consecutive groups of output channels, and each group has its own ``x_is``, made of its own
+input channels. The layer's curvature stays one matrix over *all* its parameters: groups are correlated
+through the samples, so F is not block-diagonal even for a depthwise convolution.
 
-    input_sums     sum_s x_is          (n, d_in)
-    output_sums    sum_s g_is          (n, d_out)
-
-The ``reduce`` mode then models the sample's gradient as ``(sum_s g_is) (mean_s x_is)^T``. That is exact where
-a sample has one position, and exact for the bias always.
+With ``g_is`` the gradient at the output, the gradient of the sample's own loss is ``sum_s g_is x_is^T`` in
+each group. `Layer` reduces positions without building patches, or makes that product exactly.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-CoveredModule = nn.Linear | nn.Conv2d
+from hpcsngd.optim.positions import Geometry, box_sums, patches
+from hpcsngd.optim.rows import FactoredRows, GradientRows, Rows, factors_are_cheaper
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+CoveredModule = nn.Linear | Convolution | TransposedConvolution
+
+#: Patches are built for as many samples at a time as fit into this, at least one.
+PATCH_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -50,137 +58,151 @@ class Layer:
         return [self.module.weight] if bias is None or not self.has_bias else [self.module.weight, bias]
 
     @property
+    def groups(self) -> int:
+        """Returns into how many groups the layer's outputs fall."""
+        return 1 if isinstance(self.module, nn.Linear) else self.module.groups
+
+    @property
     def row_sizes(self) -> tuple[int, int]:
-        """Returns ``(d_in, d_out)``, the bias counted in ``d_in``."""
+        """Returns ``(d_in, d_out)`` of the layer's matrix, the bias counted in ``d_in``."""
         weight = self.module.weight
-        return weight[0].numel() + int(self.has_bias), len(weight)
+        d_out = len(weight) if isinstance(self.module, nn.Linear) else self.module.out_channels
+        return weight.numel() // d_out + int(self.has_bias), d_out
+
+    def factors_are_cheaper(self, positions: int) -> bool:
+        """Returns whether a sample's gradient is kept as one outer product for each of its positions."""
+        d_in, d_out = self.row_sizes
+        return factors_are_cheaper(positions, d_in, d_out // self.groups)
+
+    def to_matrix(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Returns tensors shaped like `parameters` (their gradients, say) as one matrix ``(d_out, d_in)``."""
+        weight, *bias = parameters
+        return torch.cat(
+            [self._weights_to_matrices(weight.unsqueeze(0))[0], *(b.unsqueeze(1) for b in bias)], 1
+        )
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """Returns a matrix ``(d_out, d_in)`` as tensors shaped like `parameters`."""
+        shape = self.module.weight.shape
+        columns = matrix.shape[1] - int(self.has_bias)
+        weight = matrix[:, :columns]
+        if isinstance(self.module, TransposedConvolution):
+            weight = weight.reshape(self.groups, shape[1], -1, shape[2:].numel()).transpose(1, 2)
+        return [weight.reshape(shape), *([matrix[:, columns]] if self.has_bias else [])]
 
     def input_sums(self, x: Tensor, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """Returns the inputs summed over the positions, ``(n, d_in)`` without bias, and their number.
-
-        Always new memory: the caller may reuse its input buffer before the rows are read.
+        """Returns the inputs summed over the positions and how many there are.
 
         Args:
             x: the call's input.
             output: the call's output (only its shape is read).
             dtype: of the result; sums are taken in it.
+
+        Returns:
+            ``(n, groups, d_in)`` without bias, always new memory (the caller may reuse its input buffer
+            before the rows are read), and the number of positions.
         """
+        x, output = self._batched(x), self._batched(output)
         if isinstance(self.module, nn.Linear):
-            batch = _with_positions(x)
-            return batch.sum(1, dtype=dtype), batch.shape[1]
-        batch = x if x.dim() == 4 else x.unsqueeze(0)
-        pixels = (output.shape[-2], output.shape[-1])
-        return patch_sums(batch, self.module, pixels, dtype), pixels[0] * pixels[1]
+            return x.sum(2, dtype=dtype).unsqueeze(1), x.shape[2]
+        geometry, size = _geometry(self.module), output.shape[2:]
+        if isinstance(self.module, TransposedConvolution):
+            boxes = geometry.grid_boxes(image=size, grid=x.shape[2:])
+        else:
+            boxes = geometry.image_boxes(image=x.shape[2:], grid=size)
+        return self._grouped(box_sums(x, boxes, dtype)), size.numel()
 
     def output_sums(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the output gradient summed over the positions, ``(n, d_out)``."""
+        """Returns the output gradient summed over the positions, ``(n, groups, d_out / groups)``."""
+        return self._grouped(self._batched(grad).flatten(2)).sum(3, dtype=dtype)
+
+    def exact_rows(self, x: Tensor, grad: Tensor, dtype: torch.dtype) -> Rows:
+        """Returns the true gradient of every sample, bias included, in the form that needs less work.
+
+        The form depends on the layer and the number of positions only. Transposed convolutions are always
+        kept as matrices. Patches are in memory for PATCH_BYTES at a time; the result is always new memory.
+
+        Args:
+            x: the call's input.
+            grad: the gradient at the call's output.
+            dtype: of the result, and of what is computed.
+        """
+        x, grad = self._batched(x), self._batched(grad)
+        positions = grad.shape[2:].numel()
+        if self.factors_are_cheaper(positions) and not isinstance(self.module, TransposedConvolution):
+            return self._factored_rows(x, grad, dtype)
+        d_in, d_out = self.row_sizes
+        u = torch.empty(len(x), d_out, d_in, dtype=dtype, device=x.device)
+        weight_columns = u[:, :, : d_in - int(self.has_bias)]
+        at_once = self._samples_at_once(x, grad, dtype)
+        for part in (slice(start, start + at_once) for start in range(0, len(x), at_once)):
+            gradients = self._weight_gradients(x[part].to(dtype), grad[part].to(dtype))
+            weight_columns[part] = self._weights_to_matrices(gradients)
+        if self.has_bias:
+            u[:, :, -1] = grad.flatten(2).sum(2, dtype=dtype)
+        return GradientRows(u)
+
+    def _factored_rows(self, x: Tensor, grad: Tensor, dtype: torch.dtype) -> FactoredRows:
+        """Returns one term per position: the positions' inputs, a 1 where there is a bias, and gradients."""
+        g = self._grouped(grad.flatten(2)).mT.to(dtype, copy=True)
+        a = torch.ones(*g.shape[:3], self.row_sizes[0], dtype=dtype, device=x.device)
+        inputs = self._patches(x, grad.shape[2:])
+        a[..., : inputs.shape[2]] = inputs.mT
+        return FactoredRows(a, g)
+
+    def _weight_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Returns each sample's gradient of the weight, ``(n, *weight.shape)``.
+
+        A transposed convolution is the same product with the roles of input and output exchanged.
+        """
+        swap = isinstance(self.module, TransposedConvolution)
+        image, grid = (grad, x) if swap else (x, grad)
+        product = self._grouped(grid.flatten(2)) @ self._patches(image, grid.shape[2:]).mT
+        return product.reshape(len(x), *self.module.weight.shape)
+
+    def _patches(self, image: Tensor, grid: torch.Size) -> Tensor:
+        """Returns what is read at every position, ``(n, groups, d, positions)``."""
         if isinstance(self.module, nn.Linear):
-            return _with_positions(grad).sum(1, dtype=dtype)
-        batch = grad if grad.dim() == 4 else grad.unsqueeze(0)
-        return batch.sum((2, 3), dtype=dtype)
+            return image.unsqueeze(1)
+        return self._grouped(patches(image, _geometry(self.module), grid))
+
+    def _samples_at_once(self, x: Tensor, grad: Tensor, dtype: torch.dtype) -> int:
+        if isinstance(self.module, nn.Linear):
+            return len(x)
+        swap = isinstance(self.module, TransposedConvolution)
+        image, grid = (grad, x) if swap else (x, grad)
+        taps = self.module.weight.shape[2:].numel()
+        return max(1, PATCH_BYTES // (image.shape[1] * taps * grid.shape[2:].numel() * dtype.itemsize))
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Returns ``(n, groups, channels / groups, ...)`` of ``(n, channels, ...)``."""
+        return x.reshape(len(x), self.groups, x.shape[1] // self.groups, *x.shape[2:])
+
+    def _weights_to_matrices(self, weights: Tensor) -> Tensor:
+        """Returns ``(n, d_out, d_in without bias)`` of ``(n, *weight.shape)``."""
+        if isinstance(self.module, TransposedConvolution):
+            weights = self._grouped(weights).transpose(2, 3).flatten(1, 2)
+        return weights.flatten(2)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """Returns ``(n, channels, ...)`` of an input or output, which may be a single sample.
+
+        A Linear's features come last; they are its channels, and all its positions become one dimension.
+        """
+        if isinstance(self.module, nn.Linear):
+            batch = x if x.dim() > 1 else x.unsqueeze(0)
+            return batch.unsqueeze(1).flatten(1, -2).mT
+        return x if x.dim() == self.module.weight.dim() else x.unsqueeze(0)
 
 
-def _with_positions(x: Tensor) -> Tensor:
-    """Returns ``(n, positions, d)`` of ``(n, ..., d)``; a vector is one sample with one position."""
-    batch = x if x.dim() > 1 else x.unsqueeze(0)
-    return batch.unsqueeze(1).flatten(1, -2)
-
-
-def patch_sums(x: Tensor, conv: nn.Conv2d, pixels: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Returns the sum of all patches that ``conv`` reads, ``(n, channels * kernel rows * kernel columns)``.
-
-    Equals ``unfold`` summed over the output pixels without building the patches: what a kernel tap visits is
-    a strided box of the image, so the image is summed once per kernel row, and what is left per column.
-
-    Args:
-        x: shape ``(n, channels, rows, columns)``.
-        conv: kernel size, stride, padding (zeros) and dilation are read from it.
-        pixels: rows and columns of the convolution's output.
-        dtype: of the sums and the result.
-    """
-    row_taps, column_taps = (_visited(conv, d, x.shape[2 + d], pixels[d]) for d in range(2))
-    by_row = torch.stack([x[:, :, rows].sum(2, dtype=dtype) for rows in row_taps], 2)
-    return torch.stack([by_row[..., columns].sum(3) for columns in column_taps], 3).flatten(1)
-
-
-def _visited(conv: nn.Conv2d, dimension: int, size: int, pixels: int) -> list[slice]:
-    """Returns for each kernel tap along ``dimension`` the entries inside the image that it visits."""
-    stride, dilation = conv.stride[dimension], conv.dilation[dimension]
-    visited = []
-    for tap in range(conv.kernel_size[dimension]):
-        offset = tap * dilation - _before(conv, dimension)
-        # Output pixel o reads entry offset + o * stride: the first and the last o that stay inside.
-        first, last = max(0, -(offset // stride)), min(pixels - 1, (size - 1 - offset) // stride)
-        inside = slice(offset + first * stride, offset + last * stride + 1, stride)
-        visited.append(inside if first <= last else slice(0))
-    return visited
-
-
-def _before(conv: nn.Conv2d, dimension: int) -> int:
-    """Returns the number of zeros in front; ``"same"`` puts the odd one behind."""
-    if isinstance(conv.padding, str):
-        total = conv.dilation[dimension] * (conv.kernel_size[dimension] - 1)
-        return total // 2 if conv.padding == "same" else 0
-    return conv.padding[dimension]
-
-
-def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[Layer], dict[str, str]]:
-    """Returns the covered layers in module order, and for every other module with parameters why it is not.
-
-    Args:
-        model: the model, not wrapped.
-        skip: regular expressions; a module whose name matches one anywhere is not covered.
-
-    Raises:
-        ValueError: an expression matches no module, or no layer is left to cover.
-    """
-    modules = dict(model.named_modules())
-    _check_expressions(skip, modules)
-    owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    layers, skipped = [], {}
-    for name, module in modules.items():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        reason = _reason_to_skip(name, module, skip, owners)
-        if reason is None and isinstance(module, CoveredModule):
-            bias = module.bias
-            layers.append(Layer(name, module, bias is not None and bias.requires_grad))
-        else:
-            skipped[name] = reason or "not supported"
-    if not layers:
-        raise ValueError(f"no layer to precondition; skipped: {skipped}")
-    return layers, skipped
-
-
-def _check_expressions(skip: Iterable[str], names: Iterable[str]) -> None:
-    names = list(names)
-    for expression in skip:
-        if not any(re.search(expression, name) for name in names):
-            raise ValueError(
-                f"skip={expression!r} matches no module; modules: {', '.join(filter(None, names))}"
-            )
-
-
-def _reason_to_skip(
-    name: str, module: nn.Module, skip: Sequence[str], owners: dict[int, list[str]]
-) -> str | None:
-    """Returns why ``module`` is left to the base optimizer; None if it is covered."""
-    # A subclass may compute something else in its forward (or never be called, as inside attention).
-    if type(module) is not nn.Linear and type(module) is not nn.Conv2d:
-        return f"{type(module).__name__} is not supported"
-    matching = [expression for expression in skip if re.search(expression, name)]
-    own = dict(module.named_parameters(recurse=False))
-    others = [owner for parameter in own.values() for owner in owners[id(parameter)] if owner != name]
-    groups, mode = getattr(module, "groups", 1), getattr(module, "padding_mode", "zeros")
-    reasons = {
-        f"matches skip={matching[:1]}": bool(matching),
-        "its weight is computed from other parameters": "weight" not in own,
-        "frozen weight": not module.weight.requires_grad,
-        f"shares a parameter with {others[:1]}": bool(others),
-        f"groups={groups} is not supported": groups != 1,
-        f"padding_mode={mode!r} is not supported": mode != "zeros",
-    }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+def _geometry(module: Convolution | TransposedConvolution) -> Geometry:
+    """Returns the module's geometry; of the two sides of ``padding="same"`` the odd zero is behind."""
+    kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+    if isinstance(module.padding, str):
+        totals = [
+            d * (k - 1) if module.padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)
+        ]
+        before = tuple(total // 2 for total in totals)
+    else:
+        before = tuple(module.padding)
+    return Geometry(kernel, tuple(module.stride), dilation, before)

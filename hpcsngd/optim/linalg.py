@@ -1,13 +1,6 @@
-"""Damped natural gradient in sample space: pure functions on the rows of one layer.
+"""Damped natural gradient in sample space: pure functions on small matrices.
 
-Notation, used by every function here: a layer with weight (and bias as last column) ``M`` of shape
-``(d_out, d_in)`` has ``n`` samples with rows ``a`` of shape ``(n, d_in)`` and ``g`` of shape ``(n, d_out)``.
-The gradient of sample i's own loss is the matrix ``g_i a_i^T``; with ``u_i = vec(g_i a_i^T)`` the curvature
-is
-
-    F = 1/n sum_i u_i u_i^T                                  (d_out d_in) x (d_out d_in), never formed
-    K = U U^T = (a a^T) o (g g^T)                            n x n, o = elementwise (Khatri-Rao Gram)
-
+Notation as in `hpcsngd.optim.rows`: ``n`` samples, ``U`` with rows ``u_i``, ``F = 1/n U^T U``, ``K = U U^T``
 and, by the push-through identity,
 
     (F + damping I)^-1 vec(M) = (vec(M) - 1/n U^T y) / damping,   (K/n + damping I) y = U vec(M).
@@ -22,18 +15,6 @@ from torch import Tensor
 
 #: How often the Cholesky factorization is retried, each time with ten times the jitter.
 JITTER_ATTEMPTS = 6
-
-
-def khatri_rao_gram(a: Tensor, g: Tensor) -> Tensor:
-    """Returns ``K``, shape ``(n, n)``: the inner products of the per-sample gradients."""
-    return (a @ a.T) * (g @ g.T)
-
-
-def row_scores(a: Tensor, g: Tensor) -> Tensor:
-    """Returns the diagonal of ``K``, shape ``(n,)``, float64: squared norms of the per-sample gradients."""
-    a_norms: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
-    g_norms: Tensor = torch.linalg.vector_norm(g, dim=1, dtype=torch.float64)
-    return (a_norms * g_norms).square()
 
 
 def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
@@ -64,24 +45,39 @@ def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
     return None
 
 
-def project(a: Tensor, g: Tensor, grad: Tensor) -> Tensor:
-    """Returns ``t_i = g_i^T M a_i``, shape ``(n,)``: ``U vec(M)`` for ``M = grad``."""
-    return ((g @ grad) * a).sum(1)
+def pivoted_cholesky(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factorizes a positive semidefinite matrix by its largest remaining diagonal entry, ``rank`` times.
 
-
-def sample_space_solve(a: Tensor, g: Tensor, factor: Tensor, damping: float, grad: Tensor) -> Tensor:
-    """Returns ``(F + damping I)^-1 grad``, shape ``(d_out, d_in)``.
+    The pivots are those of a pivoted QR of the per-sample gradients, found without ever forming them. Stops
+    early where what remains is rounding, so a singular kernel is no special case.
 
     Args:
-        a: input rows, shape ``(n, d_in)``.
-        g: output-gradient rows, shape ``(n, d_out)``.
-        factor: lower Cholesky factor of ``K/n + damping I``, shape ``(n, n)``.
-        damping: the damping inside ``factor``, in the units of F's eigenvalues.
-        grad: the matrix ``M`` to precondition, shape ``(d_out, d_in)``.
+        kernel: shape ``(n, n)``; its diagonal must be finite.
+        rank: how many pivots at most, in 0..n.
+
+    Returns:
+        The pivots, int64, shape ``(r,)`` with ``r <= rank``, largest first, and ``R``, shape ``(r, n)``, with
+        ``R[:, pivots]`` upper triangular and ``R^T R`` equal to ``kernel`` in the rows and columns of the
+        pivots; what it lacks elsewhere is positive semidefinite.
     """
-    t = project(a, g, grad)
-    y = torch.cholesky_solve(t.unsqueeze(1), factor)
-    return (grad - (g * y).T @ a / len(a)) / damping
+    left = kernel.diagonal().clone()
+    noise = len(kernel) * torch.finfo(kernel.dtype).eps * left.max() if len(kernel) else left.sum()
+    factor = kernel.new_zeros(rank, len(kernel))
+    pivots = torch.zeros(rank, dtype=torch.int64, device=kernel.device)
+    found = torch.zeros(rank, dtype=torch.bool, device=kernel.device)
+    # No number leaves the device in this loop: rows after the first worthless pivot are cut off at the end.
+    for i in range(rank):
+        pivot = left.argmax(0, keepdim=True)
+        value = left.index_select(0, pivot)
+        row = kernel.index_select(0, pivot)[0] - factor[:i].index_select(1, pivot)[:, 0] @ factor[:i]
+        row = row / value.clamp_min(torch.finfo(kernel.dtype).tiny).sqrt()
+        # In exact arithmetic earlier pivots have nothing left: without this, rounding would enter T.
+        row[pivots[:i]] = 0
+        factor[i], pivots[i : i + 1], found[i : i + 1] = row, pivot, value > noise
+        left = left - row.square()
+        left[pivots[: i + 1]] = 0
+    count = int(found.long().cumprod(0).sum())
+    return pivots[:count], factor[:count]
 
 
 def spectrum_summary(eigenvalues: Tensor, share: float) -> tuple[int, float]:

@@ -27,21 +27,19 @@ class Observer:
 
     Args:
         what: any of ``rank_analysis``, ``grad_norm``, ``grad_error``.
-        method: named in the error records.
 
     Raises:
         ValueError: an unknown name in ``what``.
     """
 
-    def __init__(self, what: Collection[str], method: str) -> None:
+    def __init__(self, what: Collection[str]) -> None:
         unknown = sorted(set(what) - set(get_args(Observable)))
         if unknown:
             raise ValueError(f"observe={unknown}: allowed are {', '.join(get_args(Observable))}")
         self._what = frozenset(what)
-        self._method = method
         self._spectra: list[tuple[str, Tensor, float]] = []
         self._norms: dict[str, Tensor] = {}
-        self._errors: dict[str, Tensor] = {}
+        self._errors: dict[tuple[str, str], Tensor] = {}
 
     @property
     def wants_exact(self) -> bool:
@@ -58,11 +56,11 @@ class Observer:
         if "grad_norm" in self._what:
             self._norms[layer] = grad.norm()
 
-    def error(self, layer: str, result: Tensor, exact: Tensor) -> None:
-        """Notes how far a preconditioned gradient is from the exact one."""
+    def error(self, layer: str, method: str, result: Tensor, exact: Tensor) -> None:
+        """Notes how far a method's preconditioned gradient is from the exact one."""
         relative = (result - exact).norm() / exact.norm()
         cosine = (result * exact).sum() / (result.norm() * exact.norm())
-        self._errors[layer] = torch.stack([relative, cosine])
+        self._errors[layer, method] = torch.stack([relative, cosine])
 
     def take_rank_analysis(self, step: int) -> tuple[RankAnalysis, ...]:
         """Returns the spectra noted since the last call."""
@@ -82,6 +80,4 @@ class Observer:
         """Returns the errors noted since the last call."""
         errors, self._errors = self._errors, {}
         values = torch.stack(list(errors.values())).tolist() if errors else []
-        return tuple(
-            GradError(step, layer, self._method, *pair) for layer, pair in zip(errors, values, strict=True)
-        )
+        return tuple(GradError(step, *which, *pair) for which, pair in zip(errors, values, strict=True))

@@ -86,6 +86,71 @@ class GradError:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How many samples a compressed method kept of one layer at a refresh.
+
+    Attributes:
+        method: kid or kis.
+        rule: what decided: ratio, low_rank or share.
+        samples: of the batch, all ranks.
+        kept: of those; a singular kernel keeps fewer than the rule asks for.
+    """
+
+    step: int
+    layer: str
+    method: str
+    rule: str
+    samples: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class SwitchDecision:
+    """One decision of the hybrid method.
+
+    Attributes:
+        step: steps done when it was made; it holds from the next refresh on.
+        epoch: the epoch that begins.
+        method: kid in critical regimes, otherwise kis.
+        reason: what decided.
+        change: relative change of the gradient norm; nan where that was not looked at.
+        norm: gradient norm of the latest check; nan before the first.
+        lr: learning rate at the beginning of the epoch.
+    """
+
+    step: int
+    epoch: int
+    method: str
+    reason: str
+    change: float
+    norm: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer against the dense oracle, in float64.
+
+    Attributes:
+        entries: weight and bias entries of the layer.
+        error: norm of the difference to the dense solution over that solution's norm; nan if skipped.
+        strength: ``|damping v - g| / |g|``: 0 where v is nothing but g over damping; nan if skipped.
+        skipped: why the layer was not compared; empty if it was.
+    """
+
+    layer: str
+    entries: int
+    error: float
+    strength: float
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        """Returns a line for people."""
+        numbers = f"error {self.error:.3g}, second-order strength {self.strength:.3g}"
+        return f"{self.layer}: {f'skipped, {self.skipped}' if self.skipped else numbers}"
+
+
+@dataclass(frozen=True)
 class Fallback:
     """A layer whose refresh failed: its last good curvature, or the plain gradient, is used instead."""
 
@@ -111,6 +176,9 @@ class StepRecord:
         grad_norm: filled when observed, on every rank.
         grad_error: filled when observed, on every rank; after a resume from the next refresh on.
         fallbacks: failed layers of this step.
+        kept: filled at refreshes of compressed methods.
+        method: in use after this step; of the hybrid method, the one it uses now.
+        switches: decisions of the hybrid method since the step before.
     """
 
     step: int
@@ -125,3 +193,6 @@ class StepRecord:
     grad_norm: tuple[GradNorm, ...] = ()
     grad_error: tuple[GradError, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    method: str = ""
+    switches: tuple[SwitchDecision, ...] = ()

@@ -81,3 +81,16 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.token(x)).mean(1))
+
+
+class SharedConv(nn.Module):
+    """Uses one convolution on two sizes of images in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.avg_pool2d(torch.tanh(self.inner(x)), 2)
+        return self.head(torch.tanh(self.inner(hidden)).mean((2, 3)))

@@ -1,12 +1,11 @@
-"""Dense float64 truth: one sample at a time through autograd, patches by unfold, the full matrix solved."""
+"""Dense float64 truth: one sample at a time through autograd, the full matrix solved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -34,33 +33,51 @@ def batch(model: nn.Module, shape: tuple[int, ...], seed: int = 1) -> tuple[Tens
     return x, torch.randn(out.shape, generator=generator, dtype=torch.float64)
 
 
+def trained(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for p in layer.parameters() if p.requires_grad]
+
+
 def true_gradients(model: nn.Module, layer: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Returns ``(n, d_out * d_in)``: gradients of each sample's own loss, weight and bias as one matrix."""
+    """Returns ``(n, entries)``: gradients of each sample's own loss, weight and bias as one vector."""
     rows = []
     for i in range(len(x)):
         loss = own_losses(model, x[i : i + 1], target[i : i + 1]).sum()
-        gradients = torch.autograd.grad(loss, [p for p in layer.parameters() if p.requires_grad])
-        rows.append(torch.cat([g.reshape(len(g), -1) for g in gradients], 1).flatten())
+        rows.append(flat(torch.autograd.grad(loss, trained(layer))))
     return torch.stack(rows)
 
 
 def reduced_gradients(model: nn.Module, layer: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Returns ``(n, d_out * d_in)`` by the formula of mode reduce: (sum of gradients)(mean of inputs)^T."""
-    rows = []
-    for i in range(len(x)):
-        calls: list[tuple[Tensor, Tensor]] = []
-        handle = layer.register_forward_hook(partial(_record_call, calls))
-        loss = own_losses(model, x[i : i + 1], target[i : i + 1]).sum()
-        handle.remove()
-        gradients = torch.autograd.grad(loss, [out for _, out in calls])
-        positions = torch.cat([patches(layer, inputs, out) for inputs, out in calls])
-        total = sum(
-            g.reshape(layer.weight.shape[0], -1).sum(1) if g.dim() == 4 else g.reshape(-1, g.shape[-1]).sum(0)
-            for g in gradients
-        )
-        bias = positions.new_ones(1 if layer.bias is not None and layer.bias.requires_grad else 0)
-        rows.append(torch.outer(total, torch.cat([positions.mean(0), bias])).flatten())
-    return torch.stack(rows)
+    """Returns ``(n, entries)`` by mode reduce: the true gradients if every position had the mean gradient.
+
+    That is ``sum_s (mean g) x_s^T = (sum g)(mean x)^T`` for whatever the layer reads at a position.
+    """
+    return torch.stack([_reduced(model, layer, *pair)[0] for pair in zip(x, target, strict=True)])
+
+
+def paper_gradients(model: nn.Module, layer: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Returns ``(n, entries)`` by mode paper: ``(mean g)(mean x)^T``."""
+    pairs = [_reduced(model, layer, *pair) for pair in zip(x, target, strict=True)]
+    return torch.stack([row / positions for row, positions in pairs])
+
+
+#: Mode -> the rows that it documents.
+ROWS = {"exact": true_gradients, "reduce": reduced_gradients, "paper": paper_gradients}
+
+
+def _reduced(model: nn.Module, layer: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, int]:
+    """Returns one sample's gradient if every position had the mean gradient, and the number of positions."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(partial(_record_call, calls))
+    loss = own_losses(model, x.unsqueeze(0), target.unsqueeze(0)).sum()
+    handle.remove()
+    channels = -1 if isinstance(layer, nn.Linear) else 1
+    # (channels, positions) of all calls together.
+    gradients = torch.cat(
+        [g.movedim(channels, 0).flatten(1) for g in torch.autograd.grad(loss, [out for _, out in calls])], 1
+    )
+    outputs = torch.cat([layer(inputs.detach()).movedim(channels, 0).flatten(1) for inputs, _ in calls], 1)
+    everywhere = gradients.mean(1, keepdim=True).expand_as(outputs)
+    return flat(torch.autograd.grad(outputs, trained(layer), everywhere)), outputs.shape[1]
 
 
 def _record_call(
@@ -71,20 +88,8 @@ def _record_call(
     return out.clone()
 
 
-def patches(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-    """Returns what the layer reads at each position, ``(positions, d_in)``, for one sample."""
-    if isinstance(layer, nn.Linear):
-        return x.detach().reshape(-1, x.shape[-1])
-    if layer.padding == "same":
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        (top, left), (bottom, right) = [t // 2 for t in total], [t - t // 2 for t in total]
-    else:
-        top, left = (0, 0) if layer.padding == "valid" else layer.padding
-        bottom, right = top, left
-    padded = F.pad(x.detach(), (left, right, top, bottom))
-    unfolded = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
-    assert unfolded.shape[2] == out.shape[2] * out.shape[3]
-    return unfolded[0].T
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def dense_solution(rows: Tensor, grad: Tensor, damping: float) -> Tensor:
@@ -95,9 +100,8 @@ def dense_solution(rows: Tensor, grad: Tensor, damping: float) -> Tensor:
 
 
 def layer_gradient(layer: nn.Module) -> Tensor:
-    """Returns the layer's ``.grad`` as one matrix, the bias as last column."""
-    parts = [p.grad for p in layer.parameters() if p.grad is not None]
-    return torch.cat([part.reshape(len(part), -1) for part in parts], 1).clone()
+    """Returns the layer's ``.grad``, weight and bias as one vector."""
+    return flat(p.grad for p in layer.parameters() if p.grad is not None)
 
 
 def layer_gradients(model: nn.Module, names: Mapping[str, object] | list[str]) -> dict[str, Tensor]:

@@ -235,7 +235,7 @@ def test_autocast_rows_are_float32(amp_dtype: torch.dtype) -> None:
         loss.backward()
         preconditioner.step()
     for name, layer in preconditioner.state_dict()["layers"].items():
-        assert {layer[key].dtype for key in ("a", "g", "factor")} == {torch.float32}, name
+        assert {tensor.dtype for tensor in (*layer["rows"], layer["factor"])} == {torch.float32}, name
     # bfloat16 keeps 8 bits: two digits of the result are right, not more.
     for name, parameter in model.named_parameters():
         assert oracle.relative_error(parameter.grad, full[name]) < 0.05, name
@@ -283,7 +283,6 @@ class Unsupported(nn.Module):
         self.tied = nn.Linear(4, 4)
         self.embedding = nn.Embedding(4, 4)
         self.tied.weight = self.embedding.weight
-        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
         self.circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
         self.norm = nn.LayerNorm(4)
@@ -298,7 +297,6 @@ def test_every_skipped_module_has_a_reason(caplog: pytest.LogCaptureFixture) -> 
         "frozen": "frozen weight",
         "tied": "shares a parameter with ['embedding']",
         "embedding": "Embedding is not supported",
-        "grouped": "groups=2 is not supported",
         "circular": "padding_mode='circular' is not supported",
         "normed": "ParametrizedLinear is not supported",
         "normed.parametrizations.weight": "ParametrizationList is not supported",
@@ -309,8 +307,49 @@ def test_every_skipped_module_has_a_reason(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.text.count("left to the base optimizer: ") == 1
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 4, 3)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"inner": nn.Linear(4, 4)}))
+        self.up = nn.ConvTranspose1d(4, 3, 2)
+        self.head = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ([nn.Linear], {"stem", "up"}),
+        (["Linear"], {"stem", "up"}),
+        (["^body$"], {"stem", "up", "head"}),
+        ([nn.ModuleDict], {"stem", "body.0", "up", "head"}),
+        (["ModuleDict", r"\.0$"], {"stem", "up", "head"}),
+        ([nn.modules.conv._ConvNd], {"body.0", "body.1.inner", "head"}),
+        ([nn.Conv1d, "ConvTranspose1d", "head"], {"body.0", "body.1.inner"}),
+    ],
+    ids=str,
+)
+def test_skip_by_name_class_and_name_of_a_class(skip: list[str | type[nn.Module]], left: set[str]) -> None:
+    model = Nested()
+    preconditioner = HyLo(model, skip=skip)
+    covered = {layer.name for layer in preconditioner._layers}
+    assert covered == left
+    shown = [entry if isinstance(entry, str) else entry.__name__ for entry in skip]
+    for name, reason in preconditioner.skipped.items():
+        assert reason in {f"matches skip={[entry]}" for entry in shown}, name
+    assert covered | set(preconditioner.skipped) == {"stem", "body.0", "body.1.inner", "up", "head"}
+
+
+def test_a_class_that_the_model_does_not_have_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"skip='Conv3d' matches no module; .* classes: Linear, Sequential"):
+        HyLo(models.mlp(), skip=[nn.Conv3d])
+
+
 def test_a_skip_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"skip='haed' matches no module; modules: 0, 1, 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"skip='haed' matches no module; modules: 0, 1, 2; classes: Linear, Sequential, Tanh",
+    ):
         HyLo(models.mlp(), skip=["haed"])
 
 

@@ -48,7 +48,7 @@ def hylo_layers(
     layers = {}
     for name in ("0", "2"):
         rows = oracle.true_gradients(model, dict(model.named_modules())[name], *data)
-        layers[name] = rows, draw_rows(rows.square().sum(1), 3, seed=0, step=0, layer=name)
+        layers[name] = rows, draw_rows(rows.square().sum(1), 3, seed=0, step=0, layer=name).rows
     return layers
 
 
@@ -60,7 +60,7 @@ def test_every_refresh_draws_anew() -> None:
     for _ in range(2):
         oracle.mean_loss(model, *data).backward()
         hylo.step()
-        kept.append(hylo.state_dict()["layers"]["0"]["a"])
+        kept.append(hylo.state_dict()["layers"]["0"]["rows"][0])
     assert not torch.equal(*kept)
 
 
@@ -72,7 +72,7 @@ def test_rows_to_keep(count: int, ratio: float, expected: int) -> None:
 
 
 def test_draws_are_different_samples_in_order() -> None:
-    kept = draw_rows(torch.ones(50), 20, seed=1, step=2, layer="x")
+    kept = draw_rows(torch.ones(50), 20, seed=1, step=2, layer="x").rows
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert len(kept) == 20
 
@@ -80,17 +80,17 @@ def test_draws_are_different_samples_in_order() -> None:
 def test_draws_depend_on_seed_step_and_layer_only() -> None:
     scores = torch.rand(50, generator=torch.Generator().manual_seed(0))
     base = {"seed": 1, "step": 2, "layer": "x"}
-    drawn = draw_rows(scores, 20, **base)
+    drawn = draw_rows(scores, 20, **base).rows
     torch.manual_seed(7)
-    assert torch.equal(draw_rows(scores.double(), 20, **base), drawn)
+    assert torch.equal(draw_rows(scores.double(), 20, **base).rows, drawn)
     for change in ({"seed": 2}, {"step": 3}, {"layer": "y"}):
-        assert not torch.equal(draw_rows(scores, 20, **{**base, **change}), drawn)
+        assert not torch.equal(draw_rows(scores, 20, **{**base, **change}).rows, drawn)
 
 
 def test_first_draw_is_in_proportion_to_the_scores() -> None:
     scores = torch.tensor([1.0, 2.0, 0.0, 5.0])
     count = 4000
-    drawn = torch.cat([draw_rows(scores, 1, seed=0, step=s, layer="x") for s in range(count)])
+    drawn = torch.cat([draw_rows(scores, 1, seed=0, step=s, layer="x").rows for s in range(count)])
     share = torch.bincount(drawn, minlength=4) / count
     # Four standard deviations of a share of one half.
     assert torch.allclose(share, scores / scores.sum(), atol=4 * 0.5 / count**0.5)
@@ -100,11 +100,11 @@ def test_first_draw_is_in_proportion_to_the_scores() -> None:
 def test_samples_of_score_zero_come_last() -> None:
     scores = torch.tensor([0.0, 3.0, 0.0, 1.0])
     for s in range(20):
-        assert {1, 3} <= set(draw_rows(scores, 3, seed=0, step=s, layer="x").tolist())
+        assert {1, 3} <= set(draw_rows(scores, 3, seed=0, step=s, layer="x").rows.tolist())
 
 
 def test_all_scores_zero_still_draws() -> None:
-    assert len(draw_rows(torch.zeros(5), 3, seed=0, step=0, layer="x")) == 3
+    assert len(draw_rows(torch.zeros(5), 3, seed=0, step=0, layer="x").rows) == 3
 
 
 def test_error_falls_with_the_ratio() -> None:

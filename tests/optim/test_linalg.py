@@ -1,45 +1,36 @@
-"""The sample-space identities, the factorization and the patch sums, on random shapes."""
+"""The sample-space identities and the factorization, on random shapes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from hpcsngd.optim.capture import Rows
-from hpcsngd.optim.curvature import SampleCurvature, kernel_of
-from hpcsngd.optim.layers import patch_sums
-from hpcsngd.optim.linalg import jittered_cholesky, khatri_rao_gram, row_scores, spectrum_summary
+from hpcsngd.optim.curvature import SampleCurvature, Sketch
+from hpcsngd.optim.linalg import jittered_cholesky, spectrum_summary
+from hpcsngd.optim.rows import FactoredRows, Rows
 from tests.optim import oracle
 
 sizes = st.integers(1, 6)
 seeds = st.integers(0, 2**31)
 
 
-def random_rows(seed: int, n: int, d_in: int, d_out: int, scale: float = 1.0) -> tuple[Rows, Tensor, Tensor]:
+def random_rows(seed: int, n: int, d_in: int, d_out: int) -> tuple[FactoredRows, Tensor, Tensor]:
     """Returns rows, the per-sample gradients as matrix rows, and a gradient."""
     generator = torch.Generator().manual_seed(seed)
-    a = scale * torch.randn(n, d_in, generator=generator, dtype=torch.float64)
-    g = torch.randn(n, d_out, generator=generator, dtype=torch.float64)
+    a = torch.randn(n, 1, 1, d_in, generator=generator, dtype=torch.float64)
+    g = torch.randn(n, 1, 1, d_out, generator=generator, dtype=torch.float64)
     grad = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
-    return Rows(a, g), torch.einsum("no,ni->noi", g, a).flatten(1), grad
+    return FactoredRows(a, g), torch.einsum("nxyo,nxyi->noi", g, a).flatten(1), grad
 
 
 def curvature(rows: Rows, damping: float) -> SampleCurvature:
-    built = SampleCurvature.build(rows, kernel_of(rows), damping)
+    sketch = Sketch(rows, len(rows), len(rows))
+    built = SampleCurvature.build(sketch, sketch.kernel(), damping)
     assert built is not None
     return built
-
-
-@given(seeds, sizes, sizes, sizes)
-@settings(deadline=None, max_examples=30)
-def test_gram_and_scores_are_inner_products(seed: int, n: int, d_in: int, d_out: int) -> None:
-    rows, u, _ = random_rows(seed, n, d_in, d_out)
-    torch.testing.assert_close(khatri_rao_gram(*rows), u @ u.T)
-    torch.testing.assert_close(row_scores(*rows), u.square().sum(1))
 
 
 @given(seeds, st.integers(1, 12), sizes, sizes, st.floats(1e-3, 1e3))
@@ -67,14 +58,14 @@ def test_large_damping_leaves_the_gradient(seed: int, n: int, d_in: int, d_out: 
 def test_order_and_sign_of_samples_do_not_matter(seed: int, n: int, d_in: int, d_out: int) -> None:
     rows, _, grad = random_rows(seed, n, d_in, d_out)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    signs = torch.where(order % 2 == 0, 1.0, -1.0).unsqueeze(1)
-    other = Rows(rows.a[order] * signs, rows.g[order])
+    signs = torch.where(order % 2 == 0, 1.0, -1.0).reshape(-1, 1, 1, 1)
+    other = FactoredRows(rows.a[order] * signs, rows.g[order])
     torch.testing.assert_close(curvature(other, 0.1).solve(grad), curvature(rows, 0.1).solve(grad))
 
 
 def test_duplicate_samples_need_no_special_care() -> None:
     rows, u, grad = random_rows(0, 3, 4, 2)
-    doubled = Rows(rows.a.repeat(4, 1), rows.g.repeat(4, 1))
+    doubled = rows.take(torch.arange(3).repeat(4))
     found = curvature(doubled, 1e-6).solve(grad)
     assert oracle.relative_error(found, oracle.dense_solution(u, grad, 1e-6)) < 1e-8
 
@@ -121,35 +112,3 @@ def test_cholesky_refuses_what_is_not_positive(matrix: list[list[float]]) -> Non
 )
 def test_spectrum_summary(values: list[float], share: float, expected: tuple[int, float]) -> None:
     assert spectrum_summary(torch.tensor(values, dtype=torch.float64), share) == expected
-
-
-pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
-
-
-@given(
-    seeds,
-    st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    pairs,
-    pairs,
-    pairs,
-    st.tuples(st.integers(0, 4), st.integers(0, 4)),
-)
-@settings(deadline=None, max_examples=150)
-def test_patch_sums_equal_unfold(
-    seed: int,
-    image: tuple[int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    padding: tuple[int, int],
-) -> None:
-    image = tuple(
-        max(size, d * (k - 1) + 1 - 2 * p)
-        for size, k, d, p in zip(image, kernel, dilation, padding, strict=True)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 3, *image, generator=generator, dtype=torch.float64)
-    conv = nn.Conv2d(3, 1, kernel, stride, padding, dilation).double()
-    unfolded = F.unfold(x, kernel, dilation, padding, stride)
-    found = patch_sums(x, conv, conv(x).shape[2:], torch.float64)
-    torch.testing.assert_close(found, unfolded.sum(2), atol=1e-12, rtol=1e-12)

@@ -19,6 +19,8 @@ TOLERANCE = 1e-9
 OPTIONS: dict[str, dict[str, Any]] = {
     "sngd": {"damping": 0.05},
     "kis": {"damping": 0.05, "method": "kis", "ratio": 0.4, "seed": 3},
+    "exact": {"damping": 0.05, "conv_mode": "exact"},
+    "exact kis": {"damping": 0.05, "conv_mode": "exact", "method": "kis", "ratio": 0.4, "seed": 3},
 }
 
 
@@ -37,6 +39,9 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float = TOLERAN
         ("conv", [6, 6], "kis"),
         ("conv", [3, 7, 2], "sngd"),
         ("conv", [5, 0, 6, 1], "kis"),
+        ("conv", [3, 7, 2], "exact"),
+        ("conv", [5, 0, 6, 1], "exact kis"),
+        ("tokens", [3, 7], "exact"),
     ],
     ids=str,
 )
@@ -47,6 +52,24 @@ def test_ranks_equal_one_process(kind: str, sizes: list[int], method: str) -> No
         same(result["gradients"], expected["gradients"])
         # Every rank has exactly the same result: replicas do not drift apart.
         same(result["gradients"], results[0]["gradients"], tolerance=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "kis", "ratio": 0.5}], ids=["sngd", "kis"])
+@pytest.mark.parametrize("lengths", [[1, 2], [2, 9, 1], [9, 8]], ids=str)
+def test_sequences_of_other_lengths_on_every_rank(lengths: list[int], options: dict[str, Any]) -> None:
+    """Some ranks keep factors, some matrices: they agree on one form."""
+    options = {"conv_mode": "exact", **options}
+    expected = training.step_on_sequences(lengths, options)["gradients"]
+    for result in run_on_ranks(training.step_on_sequences, len(lengths), lengths, options):
+        same(result["gradients"], expected)
+
+
+def test_bytes_of_exact_rows() -> None:
+    """Layers of 4 x 6 and 3 x 5 entries: one token is a pair of vectors, two are already a matrix."""
+    for length, width in {1: 6 + 4, 2: 6 * 4, 9: 6 * 4}.items():
+        results = run_on_ranks(training.step_on_sequences, 2, [length, length], {"conv_mode": "exact"})
+        counted = {(item.phase, item.op): item.size_bytes for item in results[0]["record"].communication}
+        assert counted["gather", "all_gather"] == 2 * 16 + 3 * (width + 5 + 3) * 8
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 1), (2, 2), (4, 2)])
@@ -60,8 +83,11 @@ def test_kis_keeps_the_same_samples_on_every_rank() -> None:
     first, *others = run_on_ranks(training.train, 3, "mlp", [3, 7, 2], 2, OPTIONS["kis"])
     for other in others:
         for name, layer in first["state"]["hylo"]["layers"].items():
-            assert len(layer["a"]) == 5
-            assert torch.equal(layer["a"], other["state"]["hylo"]["layers"][name]["a"])
+            assert [len(tensor) for tensor in layer["rows"]] == [5, 5]
+            for mine, theirs in zip(
+                layer["rows"], other["state"]["hylo"]["layers"][name]["rows"], strict=True
+            ):
+                assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("sizes", [[12], [4, 4, 4]], ids=str)
@@ -100,9 +126,9 @@ def test_bytes_are_counted() -> None:
         assert counted["factorise", "all_reduce"] == (1, 2 * 8)
         calls, size = counted["gather", "all_gather"]
         if keep is None:
-            # Row counts, then the rows, padded to the largest share.
-            assert (calls, size) == (2, 2 * 8 + 7 * widths * 8)
+            # Row counts and terms, then the rows, padded to the largest share.
+            assert (calls, size) == (2, 2 * 16 + 7 * widths * 8)
         else:
-            # Row counts, scores, then kept rows only: at most all five from one rank.
+            # Row counts and terms, scores, then kept rows only: at most all five from one rank.
             assert calls == 3
-            assert 2 * 8 + 7 * 2 * 8 < size <= 2 * 8 + 7 * 2 * 8 + keep * widths * 8
+            assert 2 * 16 + 7 * 2 * 8 < size <= 2 * 16 + 7 * 2 * 8 + keep * widths * 8

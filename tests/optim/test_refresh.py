@@ -104,7 +104,7 @@ def test_saved_state_does_not_change_afterwards() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "hylo/0"}, "state has format 'hylo/0'; this is 'hylo/1'"),
+        ({"format": "hylo/0"}, "state has format 'hylo/0'; this is 'hylo/2'"),
         ({"layers": {"9": {}}}, "state has layers that are not covered here: 9"),
     ],
 )
@@ -117,5 +117,5 @@ def test_foreign_state_is_refused(change: dict[str, Any], message: str) -> None:
 def test_state_of_another_shape_names_the_layer() -> None:
     state = training.train("mlp", [6], 1, {"damping": 0.05})["state"]["hylo"]
     hylo = HyLo(models.mlp(bias=False), damping=0.05)
-    with pytest.raises(ValueError, match=r"state of layer 0: rows and factor have shapes \[\(6, 6\)"):
+    with pytest.raises(ValueError, match=r"state of layer 0: rows have shapes \[\(6, 1, 1, 6\)"):
         hylo.load_state_dict(state)

@@ -18,6 +18,7 @@ from tests.optim import models, oracle
 BUILDERS: dict[str, Any] = {
     "mlp": (models.mlp, (5,)),
     "conv": (lambda: models.conv_net(kernel_size=3, stride=2, padding=1), (3, 8, 7)),
+    "tokens": (lambda: models.seeded(models.Tokens), (2, 5)),
 }
 
 
@@ -76,6 +77,20 @@ def train(
     }
 
 
+def step_on_sequences(lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    """Steps once; rank r has three sequences of ``lengths[r]`` tokens, one process has them all."""
+    model = models.seeded(models.Tokens)
+    hylo = HyLo(model, damping=0.05, loss_reduction="sum", **options)
+    for length in lengths[dist.rank() :: dist.world_size()]:
+        oracle.sum_loss(model, *oracle.batch(model, (3, length, 5), seed=length)).backward()
+    average_gradients(model)
+    hylo.step()
+    return {
+        "gradients": [p.grad * dist.world_size() for p in model.parameters()],
+        "record": hylo.diagnostics(),
+    }
+
+
 def train_with_ddp(steps: int, accumulation_steps: int) -> list[Tensor]:
     """Trains as users do: mean loss, DDP, default scale, even batches of 8 in all, ``no_sync`` in between."""
     model = models.mlp()
@@ -114,7 +129,7 @@ def train_through_a_fault(steps: int, fault: str) -> dict[str, Any]:
         oracle.mean_loss(model, x, target).backward()
         faulty = step == 1 and dist.rank() == dist.world_size() - 1
         if faulty and fault == "rows":
-            hylo._capture._calls["2"][0].output_sums[0, 0] = float("nan")
+            hylo._capture._calls["2"][0][0].output_sums[0, 0] = float("nan")
         average_gradients(model)
         failing = mock.patch("hpcsngd.optim.curvature.jittered_cholesky", return_value=None)
         with failing if faulty and fault == "kernel" else nullcontext():

@@ -1,0 +1,192 @@
+"""What each method makes of a batch on 1..N ranks: from the rows captured here to sketches on every rank.
+
+Numbers that a rank with ``n_p`` of N samples hands over per layer and refresh, in the rows' dtype unless
+stated (plus 16 bytes for each layer), with d numbers per sample: ``terms (groups d_in + d_out)`` as factors
+or ``d_in d_out`` as matrices (`hpcsngd.optim.rows`); ``d_in + d_out`` for a plain layer in mode reduce:
+
+    SNGD                      n_p d                     every row
+    KIS                       n_p (float64) + k_p d     scores, then the k_p drawn rows that are here
+    KID, scope "joined"       n_p d                     as SNGD; the result does not depend on the ranks
+    KID, scope "local"        r_p d + r_p^2 + 1         each rank decides on its own samples
+
+Scope ``"local"``: rank p interpolates its own samples from ``r_p`` of them, so that G is block diagonal; N,
+the kernel of all kept rows and everything after are global. It is the same as ``"joined"`` on one rank, exact
+at full rank, and less accurate in between, because samples of different ranks do not stand for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hpcsngd.optim.calls import MisalignedError
+from hpcsngd.optim.communicate import Communicator
+from hpcsngd.optim.curvature import Sketch
+from hpcsngd.optim.gather import Block, Usable, agree, join_all, join_blocks, join_chosen, join_scores
+from hpcsngd.optim.kid import Interpolation, interpolate
+from hpcsngd.optim.rows import Rows
+from hpcsngd.optim.selection import Draw, RankRule, apportion, draw_rows
+
+#: A method that a refresh can use; the hybrid one is kid or kis at each.
+Plain = Literal["sngd", "kid", "kis"]
+Scope = Literal["joined", "local"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a refresh knows of the joined batch; layers without samples or with a fault are missing.
+
+    Attributes:
+        sketches: layer -> its sketch; None where that failed here.
+        everything: layer -> all rows, where they were asked for or needed anyway.
+        faults: layer -> what went wrong on some rank.
+    """
+
+    sketches: dict[str, Sketch | None]
+    everything: dict[str, Rows]
+    faults: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Compresses a batch.
+
+    Attributes:
+        rule: how many samples KID and KIS keep.
+        residual: whether KID carries its residual.
+        unbiased: whether KIS re-weights the samples drawn.
+        scope: what KID decides on.
+        seed: of KIS's draws.
+    """
+
+    rule: RankRule
+    residual: bool
+    unbiased: bool
+    scope: Scope
+    seed: int
+
+    def gather(
+        self,
+        communicator: Communicator,
+        local: Mapping[str, Rows | MisalignedError],
+        method: Plain,
+        *,
+        step: int,
+        damping: float,
+        everything: bool,
+    ) -> Batch:
+        """Returns the joined batch as ``method`` sees it.
+
+        Args:
+            communicator: does and counts the exchange.
+            local: this rank's rows by layer.
+            method: which one.
+            step: of the refresh.
+            damping: of the refresh.
+            everything: whether to gather the rows that the method does without as well.
+        """
+        usable = agree(communicator, local)
+        faults = usable.faults
+        is_local = method == "kid" and self.scope == "local"
+        is_drawn = method == "kis" and not self.rule.keeps_everything
+        rows: dict[str, Rows] = {}
+        if everything or not (is_local or is_drawn):
+            rows = join_all(communicator, usable)
+        if is_local:
+            sketches, failed = self._gather_blocks(communicator, usable, damping)
+            faults = {**faults, **failed}
+        elif rows:
+            sketches = {name: self.sketch(method, name, all_, step, damping) for name, all_ in rows.items()}
+        else:
+            sketches = self._gather_drawn(communicator, usable, step)
+        return Batch(sketches, rows, faults)
+
+    def sketch(self, method: Plain, layer: str, rows: Rows, step: int, damping: float) -> Sketch | None:
+        """Returns what ``method`` makes of all rows of one layer; None for a kernel that is not finite."""
+        count = len(rows)
+        if method == "sngd":
+            return Sketch(rows, count, count)
+        if method == "kis":
+            scores = rows.scores()
+            draw = self._draw(layer, scores, step)
+            return self._drawn_sketch(rows.take(draw.rows), draw, scores)
+        found = self._interpolate(rows, None, count, damping)
+        if found is None:
+            return None
+        kept = rows.take(found.kept)
+        return Sketch(kept, count, count, found.mixing, _mean_left_out(found.left_out, kept, count))
+
+    def _interpolate(
+        self, rows: Rows, keep: int | None, samples: int, damping: float
+    ) -> Interpolation | None:
+        # In float64 whatever the rows are: what remains after a few pivots is a difference of large numbers,
+        # and its rounding enters F by its square root.
+        kernel = rows.double().gram()
+        if not bool(kernel.isfinite().all()):
+            return None
+        if keep is None:
+            is_by_share = self.rule.name == "share"
+            spectrum = torch.linalg.eigvalsh(kernel) if is_by_share else kernel.diagonal()
+            keep = self.rule.rows(len(kernel), spectrum)
+        found = interpolate(kernel, keep, samples=samples, damping=damping, residual=self.residual)
+        return found and found.to(rows.tensors[0])
+
+    def _draw(self, layer: str, scores: Tensor, step: int) -> Draw:
+        # KIS sees no kernel. Its diagonal stands for the spectrum: it has the same sum, and by majorization
+        # never needs fewer samples for a share of it than the eigenvalues do.
+        keep = self.rule.rows(len(scores), scores)
+        return draw_rows(scores, keep, seed=self.seed, step=step, layer=layer)
+
+    def _drawn_sketch(self, kept: Rows, draw: Draw, scores: Tensor) -> Sketch:
+        left_out = scores.sum() - scores[draw.rows.to(scores.device)].sum()
+        mean = _mean_left_out(left_out.clamp_min(0), kept, len(scores))
+        if not self.unbiased:
+            return Sketch(kept, len(kept), len(scores), None, mean)
+        weighted = kept.scaled(draw.weight.sqrt().to(kept.tensors[0]))
+        return Sketch(weighted, len(scores), len(scores), None, mean)
+
+    def _gather_drawn(
+        self, communicator: Communicator, usable: Usable, step: int
+    ) -> dict[str, Sketch | None]:
+        scores = join_scores(communicator, usable)
+        draws = {name: self._draw(name, score, step) for name, score in scores.items()}
+        chosen = {name: draw.rows for name, draw in draws.items()}
+        kept = join_chosen(communicator, usable, chosen)
+        return {name: self._drawn_sketch(rows, draws[name], scores[name]) for name, rows in kept.items()}
+
+    def _gather_blocks(
+        self, communicator: Communicator, usable: Usable, damping: float
+    ) -> tuple[dict[str, Sketch | None], dict[str, str]]:
+        samples = usable.samples()
+        local: dict[str, Block | None] = {}
+        for layer, (name, rows) in enumerate(usable.rows.items()):
+            keep = None
+            if self.rule.low_rank is not None:
+                shares = apportion(self.rule.low_rank, [of_rank[layer] for of_rank in usable.counts])
+                keep = shares[communicator.rank]
+            found = self._interpolate(rows, keep, samples[name], damping)
+            local[name] = None
+            if found is not None:
+                kept = rows.take(found.kept)
+                local[name] = Block(kept, found.mixing, found.left_out.reshape(1))
+        joined, failed = join_blocks(communicator, local)
+        return {
+            name: Sketch(
+                block.rows,
+                samples[name],
+                samples[name],
+                block.mixing,
+                _mean_left_out(block.left_out.sum(), block.rows, samples[name]),
+            )
+            for name, block in joined.items()
+        }, failed
+
+
+def _mean_left_out(trace: Tensor, kept: Rows, samples: int) -> float:
+    """Returns the mean eigenvalue of what the kept rows lack, given the trace of it times ``samples``."""
+    directions = min(samples, kept.entries) - len(kept)
+    return float(trace) / samples / directions if directions > 0 else 0.0

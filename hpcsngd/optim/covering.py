@@ -1,0 +1,94 @@
+"""Decides which modules of a model a preconditioner covers, and says why it leaves the others alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, get_args
+
+from torch import nn
+
+from hpcsngd.optim.layers import CoveredModule, Layer
+
+#: A regular expression for module names, the name of a module class, or a module class.
+Skip: TypeAlias = "str | type[nn.Module]"
+
+
+def find_layers(model: nn.Module, skip: Sequence[Skip] = ()) -> tuple[list[Layer], dict[str, str]]:
+    """Returns the covered layers in module order, and for every other module with parameters why it is not.
+
+    Args:
+        model: the model, not wrapped.
+        skip: what not to cover. A string is a regular expression that is found anywhere in a module's name,
+            or exactly the name of its class; a class stands for its instances. Modules inside a skipped
+            one are skipped as well.
+
+    Raises:
+        ValueError: an entry matches no module, or no layer is left to cover.
+    """
+    modules = dict(model.named_modules())
+    _check_skip(skip, modules)
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    layers, skipped = [], {}
+    for name, module in modules.items():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        reason = _reason_to_skip(name, modules, skip, owners)
+        if reason is None and isinstance(module, CoveredModule):
+            bias = module.bias
+            layers.append(Layer(name, module, bias is not None and bias.requires_grad))
+        else:
+            skipped[name] = reason or "not supported"
+    if not layers:
+        raise ValueError(f"no layer to precondition; skipped: {skipped}")
+    return layers, skipped
+
+
+def _check_skip(skip: Sequence[Skip], modules: Mapping[str, nn.Module]) -> None:
+    for entry in skip:
+        if not any(_matches(entry, name, module) for name, module in modules.items()):
+            names = ", ".join(filter(None, modules))
+            kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
+            raise ValueError(f"skip={_shown(entry)!r} matches no module; modules: {names}; classes: {kinds}")
+
+
+def _matches(entry: Skip, name: str, module: nn.Module) -> bool:
+    if isinstance(entry, str):
+        return re.search(entry, name) is not None or entry == type(module).__name__
+    return isinstance(module, entry)
+
+
+def _shown(entry: Skip) -> str:
+    return entry if isinstance(entry, str) else entry.__name__
+
+
+def _reason_to_skip(
+    name: str, modules: Mapping[str, nn.Module], skip: Sequence[Skip], owners: dict[int, list[str]]
+) -> str | None:
+    """Returns why the module called ``name`` is left to the base optimizer; None if it is covered."""
+    module = modules[name]
+    # A subclass may compute something else in its forward (or never be called, as inside attention).
+    if type(module) not in get_args(CoveredModule):
+        return f"{type(module).__name__} is not supported"
+    lineage = {part: modules[part] for part in _lineage(name)}
+    matching = [_shown(entry) for entry in skip if any(_matches(entry, *item) for item in lineage.items())]
+    own = dict(module.named_parameters(recurse=False))
+    others = [owner for parameter in own.values() for owner in owners[id(parameter)] if owner != name]
+    mode = getattr(module, "padding_mode", "zeros")
+    reasons = {
+        f"matches skip={matching[:1]}": bool(matching),
+        "its weight is computed from other parameters": "weight" not in own,
+        "frozen weight": "weight" in own and not own["weight"].requires_grad,
+        f"shares a parameter with {others[:1]}": bool(others),
+        f"padding_mode={mode!r} is not supported": mode != "zeros",
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _lineage(name: str) -> list[str]:
+    """Returns the names of the model, of every module around the one called ``name``, and its own."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
