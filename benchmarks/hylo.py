@@ -1,6 +1,6 @@
 """What HyLo costs over SGD: CPU time of each kind of step, memory, and bytes against their formula.
 
-Run: ``python -m benchmarks.hylo [--quick] [--models resnet32 resnet50] [--cases sngd kis] [--parts time]``.
+Run: ``python -m benchmarks.hylo [--quick] [--models resnet32 resnet50] [--cases sngd kid] [--parts time]``.
 
 Time. Every case trains its own copy of the model beside a plain SGD copy, in one process, step by step in
 turn: SGD, refresh, SGD, plain. Ratios are CPU seconds of all threads over those of the SGD steps next to it,
@@ -42,6 +42,8 @@ from tests.ranks import run_on_ranks
 CASES: dict[str, dict[str, Any]] = {
     "sngd": {"method": "sngd"},
     "kis": {"method": "kis", "ratio": 0.1},
+    "kid": {"method": "kid", "ratio": 0.1},
+    "sngd exact": {"method": "sngd", "conv_mode": "exact"},
 }
 RANKS = (1, 2, 4)
 PERIODS = (1, 10, 100)
