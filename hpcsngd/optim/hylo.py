@@ -123,8 +123,9 @@ class HyLo(Preconditioner):
         complement: what scales the part of the gradient orthogonal to every kept row. ``"damped"``:
             1 / damping, as the formula says. ``"plain"``: 1, the plain gradient. ``"residual"``:
             1 / (damping + mean eigenvalue of the curvature that was left out). Before ``rescale``.
-        kl_clip: bound on ``lr^2 sum_layers v . g``; all v are scaled by one factor to meet it (K-FAC's clip,
-            Ba et al., ICLR 2017, section 5). A number or a function of the step; None: no bound.
+        kl_clip: bound on the step's ``lr^2 v^T F v``, which is taken as ``lr^2 sum v . g`` over the covered
+            layers: all v are multiplied by ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section 5).
+            After ``rescale``. A number or a function of the step; None: no bound.
         conv_mode: see above.
         skip: layers to leave to the optimizer: regular expressions found anywhere in a module's name, names
             of module classes, or module classes; what is inside a skipped module is skipped as well.
@@ -284,8 +285,9 @@ class HyLo(Preconditioner):
         """Compares this method with the dense oracle on layers of the user's own model.
 
         The truth is the exact per-sample gradient, so that the error contains what ``conv_mode`` and a
-        compressed method leave out; for SNGD on layers without positions it is rounding alone. ``rescale``
-        and ``kl_clip`` are left out. See `Preconditioner.verify` for arguments and result.
+        compressed method leave out; for SNGD in mode ``exact``, and on layers without positions in any mode,
+        it is rounding alone. ``rescale`` and ``kl_clip`` are left out. See `Preconditioner.verify` for
+        arguments and result.
         """
         model = copy.deepcopy(self._model).double().eval()
         model.zero_grad()
@@ -479,7 +481,7 @@ class HyLo(Preconditioner):
                 self._observer.error(layer, method, other.solve(grad), exact)
 
     def _clip(self, products: Sequence[Tensor]) -> None:
-        """Scales every preconditioned gradient by one factor so that ``lr^2 sum v . g <= kl_clip``."""
+        """Multiplies every preconditioned gradient by ``min(1, sqrt(kl_clip / (lr^2 sum v . g)))``."""
         if self._kl_clip is None or self._progress is None or not products:
             return
         limit, lr = _positive("kl_clip", self._kl_clip, self._step), self._progress[1]

@@ -16,9 +16,9 @@ One N, the number of samples *before* truncation, scales kernel, residual and fi
 the span of the kept rows. Without the residual V is ``(Q F Q + damping I)^-1 M``; with it
 ``(I - Q F (F + damping I)^-1 Q) M / damping``. Both are positive definite, and equal to SNGD at full rank.
 
-The residual is not worth its cost: on the 180 problems of ``tests/optim/test_kid.py`` (three spectra, ranks 4,
-8 and 16 of 32 samples) it changes the mean error against SNGD by less than 1 %, and upwards. The reason is in
-the formulas: it sharpens F inside the span, where KID is accurate already.
+The residual is not worth its cost: on the 180 problems of ``tests/optim/test_kid.py`` (three spectra, ranks
+4, 8 and 16 of 32 samples) it changes the mean error against SNGD by less than 1 %, and upwards. The reason is
+in the formulas: it sharpens F inside the span, where KID is accurate already.
 
 Source: HyLo (Mu et al., SC 2022), section on KID. Deviations: there, rows are ordered by their norms and QR
 is not pivoted; here the kernel's pivoted Cholesky chooses them, which also bounds T on nearly equal samples.

@@ -251,7 +251,7 @@ def small_conv_net() -> nn.Module:
         )  # fmt: skip
 
 
-def strengths(sample_scale: float | None) -> dict[str, float]:
+def strengths(sample_scale: float | None, **options: Any) -> dict[str, float]:
     """Returns each layer's strength after 20 SGD steps on learnable classes of 12 x 12 images."""
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.randn(4, 3, 12, 12, generator=generator)
@@ -264,7 +264,7 @@ def strengths(sample_scale: float | None) -> dict[str, float]:
         sgd.zero_grad()
         nn.functional.cross_entropy(model(x), labels).backward()
         sgd.step()
-    hylo = HyLo(model, damping=STRENGTH_DAMPING)
+    hylo = HyLo(model, damping=STRENGTH_DAMPING, **options)
     sgd.zero_grad()
     nn.functional.cross_entropy(model(x), labels).backward()
     plain = oracle.layer_gradients(model, names)
@@ -274,8 +274,20 @@ def strengths(sample_scale: float | None) -> dict[str, float]:
     return {name: oracle.relative_error(STRENGTH_DAMPING * found[name], plain[name]) for name in names}
 
 
-def test_curvature_acts_on_every_layer() -> None:
-    assert min(strengths(None).values()) > STRENGTH
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "kid", "ratio": 0.25},
+        {"method": "kid", "share": 0.9},
+        {"method": "kid", "ratio": 0.25, "residual": True, "kid_scope": "local"},
+        {"method": "kis", "ratio": 0.25},
+        {"method": "kis", "ratio": 0.25, "unbiased": True},
+    ],
+    ids=str,
+)
+def test_curvature_acts_on_every_layer(options: dict[str, Any]) -> None:
+    assert min(strengths(None, **options).values()) > STRENGTH
 
 
 def test_strength_would_notice_averaged_output_gradients() -> None:

@@ -142,7 +142,7 @@ def test_more_accurate_than_sampling_and_than_nothing(decay: float) -> None:
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_the_residual_is_worth_nothing(decay: float, rank: int) -> None:
-    """The number in the docstring of `hpcsngd.optim.kid`: relative change of the error, mean of 20 problems."""
+    """The number in the docstring of `hpcsngd.optim.kid`: relative change of the mean error, 20 problems."""
     problems = [problem(seed, 32, decay=decay) for seed in range(20)]
     without, carried = (
         sum(error(*each, rank, residual=residual) for each in problems) for residual in (False, True)

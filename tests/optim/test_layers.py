@@ -387,3 +387,47 @@ def test_an_input_written_to_before_backward_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="the input changed between forward and backward; layer 0"):
         loss.backward()
     hylo.close()
+
+
+def every_kind() -> nn.Module:
+    """A grouped, a plain and a transposed convolution and a Linear on tokens."""
+    return models.seeded(
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv1d(4, 6, 3, stride=2), nn.Tanh(),
+            nn.ConvTranspose1d(6, 4, 2, groups=2), nn.Tanh(), nn.Linear(4, 3),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["sngd", "kid", "kis"])
+def test_verify_finds_exact_mode_exact(method: str) -> None:
+    """Every method with every sample kept is the true Fisher's solution; reduce and paper are not."""
+    model = every_kind()
+    x, target = oracle.batch(model, (7, 4, 9))
+
+    def loss(out: Tensor, wanted: Tensor) -> Tensor:
+        return 0.5 * (out.flatten(1) - wanted).square().sum(1).mean()
+
+    errors = {}
+    for mode in MODES:
+        hylo = HyLo(model, method=method, damping=0.05, conv_mode=mode)
+        errors[mode] = {item.layer: item.error for item in hylo.verify((x, target), loss)}
+        hylo.close()
+    assert set(errors["exact"]) == {"0", "2", "4", "6"}
+    assert max(errors["exact"].values()) < 1e-9
+    assert min((*errors["reduce"].values(), *errors["paper"].values())) > 0.01
+
+
+@pytest.mark.parametrize("method", ["kid", "kis"])
+def test_compressed_methods_work_on_exact_rows(method: str) -> None:
+    """The error against the true Fisher falls with the number of samples kept."""
+    data = oracle.batch(every_kind(), (12, 4, 9))
+    results: dict[int, list[Tensor]] = {}
+    for kept in (1, 6, 12):
+        model = every_kind()
+        hylo = HyLo(model, method=method, low_rank=kept, damping=0.05, conv_mode="exact")
+        oracle.mean_loss(model, *data).backward()
+        hylo.step()
+        results[kept] = [oracle.layer_gradient(model[index]) for index in (0, 2, 4, 6)]
+    for one, six, all_ in zip(*results.values(), strict=True):
+        assert oracle.relative_error(one, all_) > oracle.relative_error(six, all_) > 1e-6

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.optim import oracle, training
+from hpcsngd.optim.linalg import pivoted_cholesky
+from tests.optim import models, oracle, training
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.dist
@@ -21,6 +22,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kis": {"damping": 0.05, "method": "kis", "ratio": 0.4, "seed": 3},
     "exact": {"damping": 0.05, "conv_mode": "exact"},
     "exact kis": {"damping": 0.05, "conv_mode": "exact", "method": "kis", "ratio": 0.4, "seed": 3},
+    "unbiased": {"damping": 0.05, "method": "kis", "low_rank": 5, "seed": 3, "unbiased": True},
+    "kid": {"damping": 0.05, "method": "kid", "low_rank": 5, "residual": True},
+    "share": {"damping": 0.05, "method": "kid", "share": 0.8, "complement": "residual"},
+    "local": {"damping": 0.05, "method": "kid", "ratio": 1.0, "kid_scope": "local", "residual": True},
 }
 
 
@@ -42,6 +47,12 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float = TOLERAN
         ("conv", [3, 7, 2], "exact"),
         ("conv", [5, 0, 6, 1], "exact kis"),
         ("tokens", [3, 7], "exact"),
+        ("mlp", [6, 6], "share"),
+        ("conv", [3, 7, 2], "kid"),
+        ("mlp", [5, 0, 6, 1], "kid"),
+        ("conv", [3, 7, 2], "unbiased"),
+        # Full rank, where local decisions change nothing.
+        ("mlp", [5, 0, 6, 1], "local"),
     ],
     ids=str,
 )
@@ -100,6 +111,52 @@ def test_resume_on_another_number_of_ranks(sizes: list[int]) -> None:
         same(result["gradients"], expected["gradients"])
 
 
+def blockwise(sizes: list[int], kept: list[int], rows: Tensor, grad: Tensor, damping: float) -> Tensor:
+    """Returns the documented result of local KID: ``F = sum_p Q_p F_p Q_p``, Q_p on rank p's kept rows."""
+    fisher = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
+    for own, rank in zip(rows.split(sizes), kept, strict=True):
+        pivots, _ = pivoted_cholesky(own @ own.T, rank)
+        q = torch.linalg.pinv(own[pivots]) @ own[pivots]
+        fisher += q @ own.T @ own @ q / len(rows)
+    identity = torch.eye(len(fisher), dtype=rows.dtype)
+    return torch.linalg.solve(fisher + damping * identity, grad.flatten()).reshape(grad.shape)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule", "kept"),
+    [
+        ([12], {"ratio": 0.5}, [6]),
+        ([6, 6], {"ratio": 0.5}, [3, 3]),
+        ([3, 7, 2], {"low_rank": 6}, [2, 3, 1]),
+        ([5, 0, 6, 1], {"low_rank": 4}, [2, 0, 2, 0]),
+    ],
+    ids=str,
+)
+def test_local_kid_equals_its_formula(sizes: list[int], rule: dict[str, Any], kept: list[int]) -> None:
+    options = {"damping": 0.05, "method": "kid", "kid_scope": "local", **rule}
+    model, data = models.mlp(), oracle.batch(models.mlp(), (12, 5), seed=0)
+    oracle.mean_loss(model, *data).backward()
+    expected = []
+    for layer in (model[0], model[2]):
+        rows = oracle.true_gradients(model, layer, *data)
+        expected.append(blockwise(sizes, kept, rows, oracle.layer_gradient(layer), 0.05))
+    for result in run_on_ranks(training.train, len(sizes), "mlp", sizes, 1, options):
+        weights = [
+            torch.cat([w, b.unsqueeze(1)], 1) for w, b in zip(*[iter(result["gradients"])] * 2, strict=True)
+        ]
+        same(weights, expected)
+        assert [item.kept for item in result["records"][0].kept] == [sum(kept)] * 2
+
+
+def test_hybrid_decides_alike_on_every_rank() -> None:
+    one = training.train_hybrid([12], 12)
+    for result in run_on_ranks(training.train_hybrid, 3, [3, 7, 2], 12):
+        assert result["methods"] == one["methods"]
+        assert {"kid", "kis"} == set(one["methods"])
+        assert result["changes"] == pytest.approx(one["changes"], rel=1e-6, nan_ok=True)
+        same(result["gradients"], one["gradients"])
+
+
 @pytest.mark.parametrize(("fault", "layers"), [("rows", 1), ("kernel", 2)])
 def test_a_fault_on_one_rank_is_everybodys(fault: str, layers: int) -> None:
     results = run_on_ranks(training.train_through_a_fault, 2, 3, fault)
@@ -113,7 +170,7 @@ def test_bytes_are_counted() -> None:
     sizes = [3, 7, 2]
     layers = [(6, 6), (7, 3)]
     widths = sum(d_in + d_out for d_in, d_out in layers)
-    for method, keep in (("sngd", None), ("kis", 5)):
+    for method, keep in (("sngd", None), ("kid", None), ("kis", 5)):
         records = [
             run["records"]
             for run in run_on_ranks(
@@ -132,3 +189,14 @@ def test_bytes_are_counted() -> None:
             # Row counts and terms, scores, then kept rows only: at most all five from one rank.
             assert calls == 3
             assert 2 * 16 + 7 * 2 * 8 < size <= 2 * 16 + 7 * 2 * 8 + keep * widths * 8
+
+
+def test_bytes_of_local_kid() -> None:
+    """Counts, terms, kept counts, then rows, mixing and one number per layer, padded to the largest."""
+    options = {"damping": 0.05, "method": "kid", "kid_scope": "local", "ratio": 0.5}
+    for run in run_on_ranks(training.train, 3, "mlp", [3, 7, 2], 1, options):
+        counted = {
+            (item.phase, item.op): (item.calls, item.size_bytes) for item in run["records"][0].communication
+        }
+        largest = sum(4 * (d_in + d_out) + 4 * 4 + 1 for d_in, d_out in [(6, 6), (7, 3)])
+        assert counted["gather", "all_gather"] == (3, 2 * 16 + 2 * 8 + largest * 8)

@@ -13,6 +13,13 @@ from hpcsngd.optim import HyLo
 from tests.optim import models, oracle, training
 
 OPTIONS = {"damping": 0.05, "method": "kis", "ratio": 0.5, "seed": 4}
+RESUMED = {
+    "kis": OPTIONS,
+    "unbiased kis": {**OPTIONS, "unbiased": True, "complement": "residual"},
+    "kid": {**OPTIONS, "method": "kid", "complement": "plain"},
+    "local kid": {**OPTIONS, "method": "kid", "kid_scope": "local", "residual": True},
+    "sngd": {"damping": 0.05, "seed": 4},
+}
 
 
 def refreshes(steps: int, **options: Any) -> list[int]:
@@ -71,9 +78,10 @@ def test_a_step_without_backward_does_not_count_as_refresh() -> None:
 
 
 @pytest.mark.parametrize("kind", training.BUILDERS)
+@pytest.mark.parametrize("method", RESUMED)
 @pytest.mark.parametrize("saved_after", [1, 2, 3, 4, 5, 6])
-def test_resume_is_bitwise_at_every_phase(kind: str, saved_after: int) -> None:
-    options = {**OPTIONS, "refresh_every": 3}
+def test_resume_is_bitwise_at_every_phase(kind: str, method: str, saved_after: int) -> None:
+    options = {**RESUMED[method], "refresh_every": 3}
     uninterrupted = training.train(kind, [8], 8, options)
     saved = io.BytesIO()
     torch.save(training.train(kind, [8], saved_after, options)["state"], saved)

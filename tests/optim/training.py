@@ -136,3 +136,25 @@ def train_through_a_fault(steps: int, fault: str) -> dict[str, Any]:
             hylo.step()
         gradients.append([p.grad.clone() for p in model.parameters()])
     return {"gradients": gradients, "failures": hylo.diagnostics().failures, "state": hylo.state_dict()}
+
+
+def train_hybrid(sizes: list[int], steps: int) -> dict[str, Any]:
+    """Trains with the online hybrid method, three steps per epoch on the same three batches."""
+    model = models.mlp()
+    hylo = HyLo(model, damping=0.05, method="hybrid", low_rank=4, switch={"eta": 0.3})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    count, methods, changes = sum(sizes), [], []
+    for step in range(steps):
+        x, target = oracle.batch(models.mlp(), (count, 5), seed=step % 3)
+        mine = share(sizes)
+        optimizer.zero_grad()
+        loss = oracle.own_losses(model, x[mine], target[mine]).sum() * dist.world_size() / count
+        loss.backward()
+        average_gradients(model)
+        hylo.set_progress(step / 3, 0.02)
+        hylo.step(sample_scale=count / dist.world_size())
+        optimizer.step()
+        record = hylo.diagnostics()
+        methods.append(record.method)
+        changes += [decision.change for decision in record.switches]
+    return {"methods": methods, "changes": changes, "gradients": [p.grad for p in model.parameters()]}
