@@ -6,9 +6,10 @@ its implementation (``tests/train`` compares the two), so a misspelt argument is
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from hpcsngd.config.catalogue import DATASETS, MODELS, TORCHVISION_PREFIX
 from hpcsngd.config.fields import Strict, Walltime
@@ -104,20 +105,99 @@ class Muon(_Optimizer):
 Optimizer = Annotated[SGD | Adam | Muon, Field(discriminator="name")]
 
 
+class DampingDecay(Strict):
+    """Damping that decays by epochs: hpcsngd.optim.DampingDecay."""
+
+    initial: float = Field(gt=0)
+    """Damping at the start."""
+    target: float = Field(gt=0)
+    """Damping that is approached."""
+    epochs: float = Field(gt=0)
+    """Sets the pace: the gap shrinks each epoch by 2 log10(initial / target) / epochs of itself."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Epochs at `initial` before the decay begins."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> DampingDecay:
+        if self.target > self.initial:
+            raise ValueError("damping decays: target must not be above initial")
+        least = 2 * math.log10(self.initial / self.target)
+        if self.epochs <= least:
+            raise ValueError(f"this decay needs more than {least:.3g} epochs")
+        return self
+
+
+def _kind_of_damping(value: object) -> str:
+    return "decay" if isinstance(value, dict | DampingDecay) else "number"
+
+
+Damping = Annotated[
+    Annotated[float, Field(gt=0), Tag("number")] | Annotated[DampingDecay, Tag("decay")],
+    Discriminator(_kind_of_damping),
+]
+
+
+class Switch(Strict):
+    """When the hybrid method uses KID: hpcsngd.optim.SwitchRule."""
+
+    eta: float = Field(default=0.5, gt=0)
+    """Relative change of the gradient norm between checks that counts as critical."""
+    interval: int = Field(default=1, ge=1)
+    """Epochs between checks."""
+    lr_drop: float = Field(default=0.5, ge=0, lt=1)
+    """A learning rate at most this share of the one an epoch earlier counts as critical."""
+    windows: list[tuple[float, float]] | None = None
+    """Epochs (first, end) that are critical instead; null: decide while training."""
+
+    @model_validator(mode="after")
+    def _windows_rise(self) -> Switch:
+        if any(not 0 <= first < end for first, end in self.windows or ()):
+            raise ValueError("each window is [first epoch, end], rising")
+        return self
+
+
 class HyLo(Strict):
     """hpcsngd.optim.HyLo."""
 
     name: Literal["hylo"]
-    method: Literal["sngd", "kis"] = "sngd"
-    """Exact, or Khatri-Rao importance sampling."""
-    damping: float = Field(default=0.1, gt=0)
-    """Added to the eigenvalues of the Fisher matrix."""
+    method: Literal["sngd", "kid", "kis", "hybrid"] = "sngd"
+    """Exact; interpolative decomposition; importance sampling; or the last two by turns."""
+    damping: Damping = 0.1
+    """Added to the eigenvalues of the Fisher matrix: a number, or a decay by epochs."""
     refresh_every: int = Field(default=10, ge=1)
     """Steps between recomputations of the curvature."""
     ratio: float = Field(default=1.0, gt=0, le=1)
-    """Share of the samples kept by kis."""
+    """Share of the samples kept by kid and kis."""
+    low_rank: int | None = Field(default=None, ge=1)
+    """Instead: how many samples they keep, whatever the number of ranks."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Instead: keep as many as are needed for this share of the spectrum."""
+    unbiased: bool = False
+    """Weigh the samples drawn by kis so that the curvature is right in expectation."""
+    residual: bool = False
+    """Let kid carry the residual of its interpolation."""
+    kid_scope: Literal["joined", "local"] = "joined"
+    """Whether kid decides on the joined batch, or each rank on its own samples (fewer bytes)."""
+    switch: Switch | None = None
+    """When the hybrid method uses kid; null: the defaults."""
+    complement: Literal["damped", "plain", "residual"] = "damped"
+    """How far to go where no kept sample has a gradient: g / damping, g, or g / (damping + residual)."""
+    kl_clip: float | None = Field(default=None, gt=0)
+    """Bound on the step in the metric of the curvature; null: none."""
+    rescale: Literal["none", "damping", "norm"] = "none"
+    """Multiply by the damping, or graft the plain gradient's norm, so that one learning rate serves all."""
     skip: list[str] = Field(default_factory=list)
     """Regular expressions of module names that are left to the optimizer alone."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> HyLo:
+        rules = {"ratio": self.ratio != 1, "low_rank": self.low_rank, "share": self.share}
+        given = [name for name, value in rules.items() if value]
+        if len(given) > 1 or (given and self.method == "sngd"):
+            raise ValueError(f"{' and '.join(given)}: kid, kis and hybrid take one of them, sngd none")
+        if self.switch is not None and self.method != "hybrid":
+            raise ValueError(f"switch belongs to method hybrid, not {self.method}")
+        return self
 
 
 Preconditioner = Annotated[HyLo, Field(discriminator="name")]

@@ -59,8 +59,9 @@ def _written_path(
     at: list[type[BaseModel]] = [model]
     parent = at
     for part in loc:
-        is_tag = isinstance(tree, dict) and part == tree.get("name") and part not in _fields(at)
-        if is_tag:
+        # What is neither a key of the schema nor one that was written is the name of a union's member.
+        is_written = not isinstance(part, str) or (isinstance(tree, dict) and part in tree)
+        if not is_written and part not in _fields(at):
             at = [each for each in at if part in _names(each)] or at
             continue
         parts.append(str(part))

@@ -26,10 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcsngd import dist
 from hpcsngd.optim import verify
-from hpcsngd.optim.base import Preconditioner, Schedule, value_at
+from hpcsngd.optim.base import Preconditioner, Schedule
 from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
+from hpcsngd.optim.checks import at_least_one_step, check_choice, check_method, positive, switch_rule
 from hpcsngd.optim.communicate import Communicator
+from hpcsngd.optim.compare import Comparison
 from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
 from hpcsngd.optim.covering import Skip, find_layers
 from hpcsngd.optim.curvature import Complement, SampleCurvature
@@ -124,8 +126,8 @@ class HyLo(Preconditioner):
             1 / damping, as the formula says. ``"plain"``: 1, the plain gradient. ``"residual"``:
             1 / (damping + mean eigenvalue of the curvature that was left out). Before ``rescale``.
         kl_clip: bound on the step's ``lr^2 v^T F v``, which is taken as ``lr^2 sum v . g`` over the covered
-            layers: all v are multiplied by ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section 5).
-            After ``rescale``. A number or a function of the step; None: no bound.
+            layers: all v are multiplied by ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section
+            5). After ``rescale``. A number or a function of the step; None: no bound.
         conv_mode: see above.
         skip: layers to leave to the optimizer: regular expressions found anywhere in a module's name, names
             of module classes, or module classes; what is inside a skipped module is skipped as well.
@@ -172,14 +174,14 @@ class HyLo(Preconditioner):
         profile: bool = False,
         observe: Collection[str] = (),
     ) -> None:
-        _check_choice("method", method, get_args(Method))
-        _check_choice("kid_scope", kid_scope, get_args(Scope))
-        _check_choice("complement", complement, get_args(Complement))
-        _check_choice("conv_mode", conv_mode, get_args(ConvMode))
-        _check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
-        _check_choice("rescale", rescale, get_args(Rescale))
+        check_choice("method", method, get_args(Method))
+        check_choice("kid_scope", kid_scope, get_args(Scope))
+        check_choice("complement", complement, get_args(Complement))
+        check_choice("conv_mode", conv_mode, get_args(ConvMode))
+        check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
+        check_choice("rescale", rescale, get_args(Rescale))
         rule = RankRule(ratio, low_rank, share)
-        _check_method(method, rule, switch is not None)
+        check_method(method, rule, has_switch=switch is not None)
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps={accumulation_steps}: must be at least 1")
         self._method, self._rescale, self._complement = method, rescale, complement
@@ -187,15 +189,15 @@ class HyLo(Preconditioner):
         self._refresh_every, self._kl_clip = refresh_every, kl_clip
         self._loss_reduction, self._accumulation_steps = loss_reduction, accumulation_steps
         self._compression = Compression(rule, residual, unbiased, kid_scope, seed)
-        self._switch = Switch(_switch_rule(switch)) if method == "hybrid" else None
+        self._switch = Switch(switch_rule(switch)) if method == "hybrid" else None
         self._step, self._failures, self._decisions_told = 0, 0, 0
         self._progress: tuple[float, float] | None = None
         self._last_refresh: int | None = None
         self._damping = self._damping_at(0.0)
         self._used: Plain = self._method_now
-        _at_least_one_step(refresh_every, 0)
+        at_least_one_step(refresh_every, 0)
         if kl_clip is not None:
-            _positive("kl_clip", kl_clip, 0)
+            positive("kl_clip", kl_clip, 0)
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._layers, self.skipped = find_layers(self._model, skip)
         self._observer = Observer(observe)
@@ -203,8 +205,7 @@ class HyLo(Preconditioner):
         self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
         self._curvature: dict[str, SampleCurvature] = {}
-        self._exact: dict[str, SampleCurvature] = {}
-        self._others: dict[tuple[str, str], SampleCurvature] = {}
+        self._comparison = Comparison()
         self._kept: tuple[Kept, ...] = ()
         self._record = StepRecord(0, False, self._damping, 0, method=self._used)
         self._closed = self._told_accumulation = False
@@ -338,7 +339,8 @@ class HyLo(Preconditioner):
         self._curvature = {
             name: self._load_layer(layers[name], saved) for name, saved in state["layers"].items()
         }
-        self._exact, self._others, self._kept = {}, {}, ()
+        self._comparison.clear()
+        self._kept = ()
         self._step, self._last_refresh = state["step"], state["last_refresh"]
         self._progress = None if state["progress"] is None else tuple(state["progress"])
         self._compression = replace(self._compression, seed=state["seed"])
@@ -357,7 +359,8 @@ class HyLo(Preconditioner):
     def close(self) -> None:
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
         self._capture.close()
-        self._curvature, self._exact, self._others = {}, {}, {}
+        self._curvature = {}
+        self._comparison.clear()
         self._closed = True
 
     @property
@@ -430,19 +433,15 @@ class HyLo(Preconditioner):
 
     def _factorise_to_compare(self, batch: Batch, damping: float) -> None:
         """Keeps the exact curvature of the same batch, and that of the other of KID and KIS."""
-        self._exact, self._others = {}, {}
-        methods: list[Plain] = ["sngd"]
-        methods += [other for other in ("kid", "kis") if self._method != "sngd" and other != self._used]
-        for name, rows in batch.everything.items():
-            for method in methods:
-                sketch = self._compression.sketch(method, name, rows, self._step, damping)
-                if sketch is None:
-                    continue
-                built = SampleCurvature.build(sketch, sketch.kernel(), damping, self._complement)
-                if built is not None and method == "sngd":
-                    self._exact[name] = built
-                elif built is not None:
-                    self._others[name, method] = built
+
+        def build(name: str, method: Plain) -> SampleCurvature | None:
+            sketch = self._compression.sketch(method, name, batch.everything[name], self._step, damping)
+            if sketch is None:
+                return None
+            return SampleCurvature.build(sketch, sketch.kernel(), damping, self._complement)
+
+        compressed: tuple[Plain, ...] = () if self._method == "sngd" else ("kid", "kis")
+        self._comparison.refresh(batch, [method for method in compressed if method != self._used], build)
 
     def _fall_back(self, name: str, reason: str) -> Fallback:
         if dist.rank() == 0:
@@ -472,19 +471,18 @@ class HyLo(Preconditioner):
 
     def _observe(self, layer: str, grad: Tensor, result: Tensor) -> None:
         self._observer.gradient(layer, grad)
-        if layer not in self._exact:
+        exact = self._comparison.exact(layer, grad)
+        if exact is None:
             return
-        exact = self._exact[layer].solve(grad)
         self._observer.error(layer, self._used, result, exact)
-        for (name, method), other in self._others.items():
-            if name == layer:
-                self._observer.error(layer, method, other.solve(grad), exact)
+        for method, other in self._comparison.results(layer, grad):
+            self._observer.error(layer, method, other, exact)
 
     def _clip(self, products: Sequence[Tensor]) -> None:
         """Multiplies every preconditioned gradient by ``min(1, sqrt(kl_clip / (lr^2 sum v . g)))``."""
         if self._kl_clip is None or self._progress is None or not products:
             return
-        limit, lr = _positive("kl_clip", self._kl_clip, self._step), self._progress[1]
+        limit, lr = positive("kl_clip", self._kl_clip, self._step), self._progress[1]
         with self._stopwatch.phase("precondition"):
             size = lr**2 * torch.stack(list(products)).sum()
             factor = (limit / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_max(1)
@@ -505,7 +503,7 @@ class HyLo(Preconditioner):
         """Returns the damping of a refresh now; ``epoch`` is read where damping follows epochs."""
         if isinstance(self._damping_schedule, DampingDecay):
             return self._damping_schedule.at_epoch(epoch or 0.0)
-        return _positive("damping", self._damping_schedule, self._step)
+        return positive("damping", self._damping_schedule, self._step)
 
     def _check_progress(self) -> None:
         """Refuses to guess an epoch or a learning rate."""
@@ -539,7 +537,7 @@ class HyLo(Preconditioner):
     def _refresh_is_due(self) -> bool:
         if self._last_refresh is None:
             return True
-        return self._step - self._last_refresh >= _at_least_one_step(self._refresh_every, self._step)
+        return self._step - self._last_refresh >= at_least_one_step(self._refresh_every, self._step)
 
     def _like(self, layer: Layer) -> Tensor:
         """Returns an empty tensor on the device and in the dtype of the layer's rows."""
@@ -554,8 +552,7 @@ class HyLo(Preconditioner):
     def _make_record(self, refreshed: bool, fallbacks: tuple[Fallback, ...]) -> StepRecord:
         step = self._step
         sizes = {"rows": 0, "factors": 0}
-        kept = (*self._curvature.values(), *self._exact.values(), *self._others.values())
-        for curvature in kept:
+        for curvature in (*self._curvature.values(), *self._comparison.curvatures()):
             for kind, size in zip(sizes, curvature.size_bytes, strict=True):
                 sizes[kind] += size
         traffic = self._communicator.take_traffic()
@@ -580,37 +577,7 @@ class HyLo(Preconditioner):
         )
 
 
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-
-
-def _check_method(method: str, rule: RankRule, has_switch: bool) -> None:
-    if method == "sngd" and not rule.keeps_everything:
-        raise ValueError(f"{rule.name}: method 'sngd' keeps every sample")
-    if has_switch and method != "hybrid":
-        raise ValueError(f"switch: method {method!r} does not switch; allowed with 'hybrid'")
-
-
-def _switch_rule(switch: SwitchRule | Mapping[str, Any] | None) -> SwitchRule:
-    return SwitchRule(**(switch or {})) if isinstance(switch, Mapping | None) else switch
-
-
 def _gradients(layer: Layer) -> list[Tensor]:
     """Returns the gradients of all the layer's parameters, or none of them."""
     gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
     return gradients if len(gradients) == len(layer.parameters) else []
-
-
-def _positive(name: str, schedule: Schedule, step: int) -> float:
-    value = value_at(schedule, step)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value} at step {step}: must be positive")
-    return value
-
-
-def _at_least_one_step(schedule: Schedule, step: int) -> float:
-    value = value_at(schedule, step)
-    if not value >= 1:
-        raise ValueError(f"refresh_every={value} at step {step}: must be at least 1")
-    return value

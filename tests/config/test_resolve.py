@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcsngd.config.experiment import HyLo
 from hpcsngd.config.resolve import (
     Resolved,
     from_record,
@@ -100,6 +101,14 @@ class TestPrecedence:
             "name": "adamw", "lr": 0.001, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8,
         }  # fmt: skip
 
+    def test_damping_is_a_number_or_a_decay(self) -> None:
+        decay = {"initial": 1.5, "target": 0.1, "epochs": 90.0, "warmup_epochs": 5.0}
+        text = "{initial: 1.5, target: 0.1, epochs: 90, warmup_epochs: 5}"
+        found = get(f"preconditioner.damping={text}").experiment.preconditioner
+        assert found is not None
+        assert found.model_dump()["damping"] == decay
+        assert HyLo.model_validate(found.model_dump()) == found
+
     def test_null_removes_the_preconditioner_and_a_name_brings_one(self) -> None:
         assert get("preconditioner=null").experiment.preconditioner is None
         found = get("preconditioner=null", "preconditioner.name=hylo", "preconditioner.damping=2")
@@ -123,6 +132,22 @@ class TestPrecedence:
         ("epochs=2.5", "epochs: input should be a valid integer"),
         ("preconditioner.dampng=1", "preconditioner.dampng: unknown key; did you mean 'damping'"),
         ("preconditioner.damping=-1", "preconditioner.damping: input should be greater than 0; found -1"),
+        ("preconditioner.damping.initial=1", "preconditioner.damping.target: this key is required"),
+        (
+            "preconditioner.damping={initial: 1, target: 0.1, epoch: 9}",
+            "preconditioner.damping.epoch: unknown key; did you mean 'epochs'",
+        ),
+        (
+            "preconditioner.damping={initial: 0.1, target: 1, epochs: 9}",
+            "preconditioner.damping: damping decays: target must not be above initial",
+        ),
+        ("preconditioner.damping={initial: 1, target: 0.1, epochs: 2}", "needs more than 2 epochs"),
+        (
+            "preconditioner.ratio=0.5",
+            "preconditioner: ratio: kid, kis and hybrid take one of them, sngd none",
+        ),
+        ("preconditioner.switch.eta=0.1", "preconditioner: switch belongs to method hybrid, not sngd"),
+        ("preconditioner={name: hylo, method: hybrid, switch: {windows: [[3, 1]]}}", "rising"),
         ("scheduler.kind=slrm", "scheduler.kind: input should be 'slurm', 'local'"),
         ("model.name=digit-cnn", "unknown model 'digit-cnn'; did you mean 'digits-cnn'"),
         ("data.name=digit", "unknown data set 'digit'; did you mean 'digits'"),

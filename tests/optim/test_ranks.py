@@ -200,3 +200,10 @@ def test_bytes_of_local_kid() -> None:
         }
         largest = sum(4 * (d_in + d_out) + 4 * 4 + 1 for d_in, d_out in [(6, 6), (7, 3)])
         assert counted["gather", "all_gather"] == (3, 2 * 16 + 2 * 8 + largest * 8)
+
+
+def test_verify_needs_no_other_rank() -> None:
+    found, nothing = run_on_ranks(training.verify_on_one_rank, 2)
+    assert nothing == []
+    assert len(found) == 2
+    assert max(found) < 1e-10
