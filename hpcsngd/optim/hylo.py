@@ -34,13 +34,14 @@ from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.compare import Comparison
 from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
 from hpcsngd.optim.covering import Skip, find_layers
-from hpcsngd.optim.curvature import Complement, SampleCurvature
+from hpcsngd.optim.curvature import Complement, SampleCurvature, build_all
 from hpcsngd.optim.hybrid import Switch, SwitchRule
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
 from hpcsngd.optim.records import Communication, Fallback, Kept, LayerCheck, Memory, PhaseTime, StepRecord
 from hpcsngd.optim.schedules import DampingDecay
 from hpcsngd.optim.selection import RankRule
+from hpcsngd.optim.stacks import Solved, Stacks
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,7 @@ class HyLo(Preconditioner):
         self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
         self._curvature: dict[str, SampleCurvature] = {}
+        self._stacks = Stacks()
         self._comparison = Comparison()
         self._kept: tuple[Kept, ...] = ()
         self._record = StepRecord(0, False, self._damping, 0, method=self._used)
@@ -268,8 +270,7 @@ class HyLo(Preconditioner):
         with torch.no_grad(), torch.autocast(self._layers[0].module.weight.device.type, enabled=False):
             if self._capture.enabled:
                 refreshed, fallbacks = self._refresh(sample_scale, grad_scale)
-            products = [self._precondition(layer) for layer in self._layers]
-            self._clip([product for product in products if product is not None])
+            self._clip(self._precondition())
         self._step += 1
         self._capture.enabled = self._refresh_is_due()
         self._record = self._make_record(refreshed, fallbacks)
@@ -339,6 +340,7 @@ class HyLo(Preconditioner):
         self._curvature = {
             name: self._load_layer(layers[name], saved) for name, saved in state["layers"].items()
         }
+        self._stack()
         self._comparison.clear()
         self._kept = ()
         self._step, self._last_refresh = state["step"], state["last_refresh"]
@@ -360,6 +362,7 @@ class HyLo(Preconditioner):
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
         self._capture.close()
         self._curvature = {}
+        self._stack()
         self._comparison.clear()
         self._closed = True
 
@@ -399,20 +402,21 @@ class HyLo(Preconditioner):
 
     def _factorise(self, batch: Batch, damping: float) -> dict[str, str]:
         """Replaces the curvature of every layer that has rows; returns where that failed, and why."""
-        built: dict[str, SampleCurvature | None] = {}
-        for name, sketch in batch.sketches.items():
-            built[name] = None
-            if sketch is not None:
-                kernel = sketch.kernel()
-                built[name] = SampleCurvature.build(sketch, kernel, damping, self._complement)
+        sketches = {name: sketch for name, sketch in batch.sketches.items() if sketch is not None}
+        kernels = [sketch.kernel() for sketch in sketches.values()]
+        curvatures = build_all(list(sketches.values()), kernels, damping, self._complement)
+        found = dict(zip(sketches, curvatures, strict=True))
+        built = {name: found.get(name) for name in batch.sketches}
+        with self._stopwatch.phase("observe"):
+            for name, kernel in zip(sketches, kernels, strict=True):
                 if built[name] is not None:
-                    with self._stopwatch.phase("observe"):
-                        self._observer.kernel(name, kernel, damping)
+                    self._observer.kernel(name, kernel, damping)
         # The same rows on unlike hardware may fail on one rank only: one rank's failure is everybody's.
         failed = self._communicator.sum_numbers("factorise", [int(new is None) for new in built.values()])
         for (name, new), ranks in zip(built.items(), failed, strict=True):
             if new is not None and not ranks:
                 self._curvature[name] = new
+        self._stack()
         self._kept = tuple(
             Kept(
                 self._step + 1,
@@ -430,6 +434,11 @@ class HyLo(Preconditioner):
             for name, ranks in zip(built, failed, strict=True)
             if ranks
         }
+
+    def _stack(self) -> None:
+        """Stacks the curvatures, always in the order of the layers."""
+        names = [layer.name for layer in self._layers if layer.name in self._curvature]
+        self._curvature = self._stacks.update({name: self._curvature[name] for name in names})
 
     def _factorise_to_compare(self, batch: Batch, damping: float) -> None:
         """Keeps the exact curvature of the same batch, and that of the other of KID and KIS."""
@@ -449,34 +458,44 @@ class HyLo(Preconditioner):
             logger.warning("step %d, layer %s: %s; using its %s", self._step + 1, name, reason, instead)
         return Fallback(self._step + 1, name, reason)
 
-    def _precondition(self, layer: Layer) -> Tensor | None:
-        """Overwrites a layer's gradient if it has one and a curvature; returns v . g if kl_clip wants it."""
-        gradients = _gradients(layer)
-        if not gradients:
-            return None
-        curvature, product = self._curvature.get(layer.name), None
+    def _precondition(self) -> list[Tensor]:
+        """Overwrites the gradients of layers that have a curvature; returns v . g where kl_clip wants it."""
+        gradients = {layer: found for layer in self._layers if (found := _gradients(layer))}
+        products = []
         with self._stopwatch.phase("precondition"):
-            grad = layer.to_matrix(gradients).to(self._capture.rows_dtype(layer))
+            grads = {
+                layer.name: layer.to_matrix(found).to(self._capture.rows_dtype(layer))
+                for layer, found in gradients.items()
+            }
             if self._switch is not None:
-                self._switch.add(layer.name, grad)
-            result = grad if curvature is None else curvature.solve(grad)
-            if curvature is not None:
-                rescaled = self._rescaled(result, grad, curvature.damping)
-                for gradient, piece in zip(gradients, layer.from_matrix(rescaled), strict=True):
-                    gradient.copy_(piece)
-                product = None if self._kl_clip is None else (rescaled * grad).sum(dtype=torch.float64)
+                for name, grad in grads.items():
+                    self._switch.add(name, grad)
+            solved = self._stacks.solve(grads)
+            rescaled: dict[str, Tensor] = {}
+            for group in solved:
+                matrices = self._rescaled(group)
+                rescaled.update(zip(group.names, matrices, strict=True))
+                if self._kl_clip is not None:
+                    products.append((matrices * group.grads).sum(dtype=torch.float64))
+            for layer, found in gradients.items():
+                if layer.name in rescaled:
+                    for gradient, piece in zip(found, layer.from_matrix(rescaled[layer.name]), strict=True):
+                        gradient.copy_(piece)
         with self._stopwatch.phase("observe"):
-            self._observe(layer.name, grad, result)
-        return product
+            self._observe(grads, solved)
+        return products
 
-    def _observe(self, layer: str, grad: Tensor, result: Tensor) -> None:
-        self._observer.gradient(layer, grad)
-        exact = self._comparison.exact(layer, grad)
-        if exact is None:
-            return
-        self._observer.error(layer, self._used, result, exact)
-        for method, other in self._comparison.results(layer, grad):
-            self._observer.error(layer, method, other, exact)
+    def _observe(self, grads: Mapping[str, Tensor], solved: Sequence[Solved]) -> None:
+        results = dict(grads)
+        for group in solved:
+            results.update(zip(group.names, group.results, strict=True))
+        for name, grad in grads.items():
+            self._observer.gradient(name, grad)
+            exact = self._comparison.exact(name, grad)
+            if exact is not None:
+                self._observer.error(name, self._used, results[name], exact)
+                for method, other in self._comparison.results(name, grad):
+                    self._observer.error(name, method, other, exact)
 
     def _clip(self, products: Sequence[Tensor]) -> None:
         """Multiplies every preconditioned gradient by ``min(1, sqrt(kl_clip / (lr^2 sum v . g)))``."""
@@ -491,12 +510,14 @@ class HyLo(Preconditioner):
                     for gradient in _gradients(layer):
                         gradient.mul_(factor)
 
-    def _rescaled(self, result: Tensor, grad: Tensor, damping: float) -> Tensor:
+    def _rescaled(self, solved: Solved) -> Tensor:
+        result = solved.results
         if self._rescale == "damping":
-            return result * damping
+            return result * solved.damping
         if self._rescale == "norm":
-            ratio: Tensor = grad.norm() / result.norm().clamp_min(torch.finfo(result.dtype).tiny)
-            return result * ratio
+            norms = torch.linalg.vector_norm(result, dim=(1, 2), keepdim=True)
+            plain = torch.linalg.vector_norm(solved.grads, dim=(1, 2), keepdim=True)
+            result = result * (plain / norms.clamp_min(torch.finfo(result.dtype).tiny))
         return result
 
     def _damping_at(self, epoch: float | None) -> float:
