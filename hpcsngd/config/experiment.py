@@ -186,6 +186,8 @@ class HyLo(Strict):
     """Bound on the step in the metric of the curvature; null: none."""
     rescale: Literal["none", "damping", "norm"] = "none"
     """Multiply by the damping, or graft the plain gradient's norm, so that one learning rate serves all."""
+    conv_mode: Literal["reduce", "exact", "paper"] = "reduce"
+    """What stands for a sample's gradient where it has several positions."""
     skip: list[str] = Field(default_factory=list)
     """Regular expressions of module names that are left to the optimizer alone."""
 

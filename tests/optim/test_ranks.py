@@ -141,9 +141,7 @@ def test_local_kid_equals_its_formula(sizes: list[int], rule: dict[str, Any], ke
         rows = oracle.true_gradients(model, layer, *data)
         expected.append(blockwise(sizes, kept, rows, oracle.layer_gradient(layer), 0.05))
     for result in run_on_ranks(training.train, len(sizes), "mlp", sizes, 1, options):
-        weights = [
-            torch.cat([w, b.unsqueeze(1)], 1) for w, b in zip(*[iter(result["gradients"])] * 2, strict=True)
-        ]
+        weights = [torch.cat([w.flatten(), b]) for w, b in zip(*[iter(result["gradients"])] * 2, strict=True)]
         same(weights, expected)
         assert [item.kept for item in result["records"][0].kept] == [sum(kept)] * 2
 

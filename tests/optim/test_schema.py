@@ -30,7 +30,7 @@ def test_fields_are_arguments_with_their_defaults(schema: Any, built: Any, other
     for name, field in schema.model_fields.items():
         if name != "name" and not field.is_required() and name not in others | {"skip"}:
             assert field.default == arguments[name].default, name
-    assert set(schema.model_fields) - {"name"} == set(arguments) - NOT_WRITTEN - {"conv_mode"}
+    assert set(schema.model_fields) - {"name"} == set(arguments) - NOT_WRITTEN
 
 
 @pytest.mark.parametrize(
