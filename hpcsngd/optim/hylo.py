@@ -27,9 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcsngd import dist
 from hpcsngd.optim import verify
 from hpcsngd.optim.base import Preconditioner, Schedule
-from hpcsngd.optim.calls import ConvMode
+from hpcsngd.optim.calendar import Calendar
+from hpcsngd.optim.calls import ConvMode, MisalignedError
 from hpcsngd.optim.capture import Capture
-from hpcsngd.optim.checks import at_least_one_step, check_choice, check_method, positive, switch_rule
+from hpcsngd.optim.checks import check_choice, check_method, positive, switch_rule
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.compare import Comparison
 from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
@@ -38,7 +39,9 @@ from hpcsngd.optim.curvature import Complement, SampleCurvature, build_all
 from hpcsngd.optim.hybrid import Switch, SwitchRule
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
+from hpcsngd.optim.placement import refresh_cost
 from hpcsngd.optim.records import Communication, Fallback, Kept, LayerCheck, Memory, PhaseTime, StepRecord
+from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.schedules import DampingDecay
 from hpcsngd.optim.selection import RankRule
 from hpcsngd.optim.stacks import Solved, Stacks
@@ -50,7 +53,7 @@ Method = Literal["sngd", "kid", "kis", "hybrid"]
 LossReduction = Literal["mean", "sum"]
 Rescale = Literal["none", "damping", "norm"]
 
-_STATE_FORMAT = "hylo/2"
+_STATE_FORMAT = "hylo/3"
 
 
 class HyLo(Preconditioner):
@@ -112,6 +115,9 @@ class HyLo(Preconditioner):
         damping: positive; a function of the step; or a decay by epochs (`DampingDecay`, or a mapping of its
             fields). Evaluated at refreshes and used until the next.
         refresh_every: steps between refreshes, or a function of the step; the first step refreshes.
+        stagger: whether to refresh some layers at each step instead of all of them every ``refresh_every``
+            steps (which must be a whole number), so that no step but the first is slow. Each layer is
+            refreshed once in ``refresh_every`` steps; `hpcsngd.optim.calendar` states a step's ceiling.
         ratio: share of the joined batch that KID and KIS keep, in (0, 1].
         low_rank: instead, how many samples they keep, whatever the batch size and number of ranks.
         share: instead, keep as many as eigenvalues are needed for this share of their sum (KIS: as the
@@ -155,6 +161,7 @@ class HyLo(Preconditioner):
         method: Method = "sngd",
         damping: Schedule | DampingDecay | Mapping[str, float] = 0.1,
         refresh_every: Schedule = 1,
+        stagger: bool = False,
         ratio: float = 1.0,
         low_rank: int | None = None,
         share: float | None = None,
@@ -187,21 +194,20 @@ class HyLo(Preconditioner):
             raise ValueError(f"accumulation_steps={accumulation_steps}: must be at least 1")
         self._method, self._rescale, self._complement = method, rescale, complement
         self._damping_schedule = DampingDecay(**damping) if isinstance(damping, Mapping) else damping
-        self._refresh_every, self._kl_clip = refresh_every, kl_clip
+        self._kl_clip, self._conv_mode = kl_clip, conv_mode
         self._loss_reduction, self._accumulation_steps = loss_reduction, accumulation_steps
         self._compression = Compression(rule, residual, unbiased, kid_scope, seed)
         self._switch = Switch(switch_rule(switch)) if method == "hybrid" else None
         self._step, self._failures, self._decisions_told = 0, 0, 0
         self._progress: tuple[float, float] | None = None
-        self._last_refresh: int | None = None
         self._damping = self._damping_at(0.0)
         self._used: Plain = self._method_now
-        at_least_one_step(refresh_every, 0)
         if kl_clip is not None:
             positive("kl_clip", kl_clip, 0)
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._layers, self.skipped = find_layers(self._model, skip)
         self._observer = Observer(observe)
+        self._calendar = Calendar([x.name for x in self._layers], refresh_every, stagger=stagger)
         self._stopwatch = Stopwatch(profile)
         self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
@@ -272,7 +278,7 @@ class HyLo(Preconditioner):
                 refreshed, fallbacks = self._refresh(sample_scale, grad_scale)
             self._clip(self._precondition())
         self._step += 1
-        self._capture.enabled = self._refresh_is_due()
+        self._capture.due = frozenset(self._calendar.due(self._step))
         self._record = self._make_record(refreshed, fallbacks)
 
     def verify(
@@ -313,7 +319,7 @@ class HyLo(Preconditioner):
         return {
             "format": _STATE_FORMAT,
             "step": self._step,
-            "last_refresh": self._last_refresh,
+            "calendar": self._calendar.state_dict(),
             "progress": self._progress,
             "seed": self._compression.seed,
             "damping": self._damping,
@@ -343,7 +349,8 @@ class HyLo(Preconditioner):
         self._stack()
         self._comparison.clear()
         self._kept = ()
-        self._step, self._last_refresh = state["step"], state["last_refresh"]
+        self._step = state["step"]
+        self._calendar.load_state_dict(state["calendar"])
         self._progress = None if state["progress"] is None else tuple(state["progress"])
         self._compression = replace(self._compression, seed=state["seed"])
         self._damping, self._failures, self._used = state["damping"], state["failures"], state["method"]
@@ -351,7 +358,7 @@ class HyLo(Preconditioner):
             self._switch.load_state_dict(state["switch"], {name: self._like(layers[name]) for name in layers})
             self._decisions_told = len(self._switch.history)
         self._capture.clear()
-        self._capture.enabled = self._refresh_is_due()
+        self._capture.due = frozenset(self._calendar.due(self._step))
         self._record = self._make_record(refreshed=False, fallbacks=())
 
     def diagnostics(self) -> StepRecord:
@@ -379,6 +386,8 @@ class HyLo(Preconditioner):
         self._check_accumulation(sample_scale)
         with self._stopwatch.phase("capture"):
             local = self._capture.take(partial(self._own_loss_scale, sample_scale, grad_scale))
+        if self._calendar.wants_costs:
+            self._spread_refreshes(local)
         with self._stopwatch.phase("gather"):
             batch = self._compression.gather(
                 self._communicator,
@@ -396,9 +405,25 @@ class HyLo(Preconditioner):
         if self._observer.wants_exact:
             with self._stopwatch.phase("observe"):
                 self._factorise_to_compare(batch, damping)
-        self._damping, self._last_refresh = damping, self._step
+        self._damping = damping
+        self._calendar.refreshed(self._step)
         self._failures += len(faults)
         return True, tuple(self._fall_back(name, reason) for name, reason in faults.items())
+
+    def _spread_refreshes(self, local: Mapping[str, Rows | MisalignedError]) -> None:
+        """Tells the calendar what the layers cost, once there are rows: from the joined batch's sizes."""
+        counts = [len(rows) if isinstance(rows, Rows) else 0 for rows in local.values()]
+        reads = [self._capture.reads.get(name, (0, 0)) for name in local]
+        flat = [number for count, pair in zip(counts, reads, strict=True) for number in (count, *pair)]
+        sums = self._communicator.sum_numbers("stagger", flat)
+        if any(sums[::3]):
+            exact = self._conv_mode == "exact"
+            self._calendar.set_costs(
+                {
+                    layer.name: refresh_cost(layer, *sums[3 * i : 3 * i + 3], exact=exact)
+                    for i, layer in enumerate(self._layers)
+                }
+            )
 
     def _factorise(self, batch: Batch, damping: float) -> dict[str, str]:
         """Replaces the curvature of every layer that has rows; returns where that failed, and why."""
@@ -554,11 +579,6 @@ class HyLo(Preconditioner):
         ):
             self._told_accumulation = True
             logger.warning("captured %d micro-batches, but accumulation_steps=%d", seen, announced)
-
-    def _refresh_is_due(self) -> bool:
-        if self._last_refresh is None:
-            return True
-        return self._step - self._last_refresh >= at_least_one_step(self._refresh_every, self._step)
 
     def _like(self, layer: Layer) -> Tensor:
         """Returns an empty tensor on the device and in the dtype of the layer's rows."""

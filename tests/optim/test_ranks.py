@@ -20,6 +20,7 @@ TOLERANCE = 1e-9
 OPTIONS: dict[str, dict[str, Any]] = {
     "sngd": {"damping": 0.05},
     "kis": {"damping": 0.05, "method": "kis", "ratio": 0.4, "seed": 3},
+    "staggered": {"damping": 0.05, "refresh_every": 2, "stagger": True},
     "exact": {"damping": 0.05, "conv_mode": "exact"},
     "exact kis": {"damping": 0.05, "conv_mode": "exact", "method": "kis", "ratio": 0.4, "seed": 3},
     "unbiased": {"damping": 0.05, "method": "kis", "low_rank": 5, "seed": 3, "unbiased": True},
@@ -44,6 +45,7 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float = TOLERAN
         ("conv", [6, 6], "kis"),
         ("conv", [3, 7, 2], "sngd"),
         ("conv", [5, 0, 6, 1], "kis"),
+        ("conv", [3, 7, 2], "staggered"),
         ("conv", [3, 7, 2], "exact"),
         ("conv", [5, 0, 6, 1], "exact kis"),
         ("tokens", [3, 7], "exact"),
