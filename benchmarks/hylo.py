@@ -165,28 +165,54 @@ def _peak_here(model: str, case: str, batch: int) -> tuple[float, float]:
     return int(peak_kib) * 1024 / 1e6, held / 1e6
 
 
-def traffic(model: str, case: str, batch: int) -> tuple[int, list[tuple[int, int]]]:
-    """Returns the bytes this rank handed over at the first refresh, and ``(d_in, d_out)`` of every layer."""
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank handed to collectives, and what the formula needs to know; numbers by layer."""
+
+    refresh: int
+    plain: int
+    rows: dict[str, int]
+    entries: dict[str, int]
+    owners: dict[str, int]
+
+
+def traffic(model: str, case: str, batch: int) -> Traffic:
+    """Returns what this rank sent in the first refresh and in the plain step after it."""
     trainer = Trainer(SHAPES[model], CASES[case], batch)
     assert trainer.hylo is not None
     trainer.x += dist.rank()  # not the same samples on every rank
-    trainer.step()
-    record = trainer.hylo.diagnostics()
-    sizes = [layer.row_sizes for layer in trainer.hylo._layers]  # noqa: SLF001 - the formula's arguments
-    return sum(item.size_bytes for item in record.communication), sizes
+    sent = []
+    for _ in range(2):
+        trainer.step()
+        sent.append(sum(item.size_bytes for item in trainer.hylo.diagnostics().communication))
+    state = trainer.hylo.state_dict()
+    rows = {
+        name: sum(tensor[0].numel() for tensor in layer["rows"]) for name, layer in state["layers"].items()
+    }
+    modules = dict(trainer.model.named_modules())
+    entries = {name: sum(p.numel() for p in modules[name].parameters()) for name in rows}
+    return Traffic(sent[0], sent[1], rows, entries, state["owners"])
 
 
-def formula_bytes(case: str, ranks: int, batch: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """Returns the least and most bytes per rank: KIS may draw all its samples from one rank, or none."""
+def formula(case: str, ranks: int, batch: int, seen: Traffic) -> tuple[int, int, int]:
+    """Returns the bytes of a refresh on rank 0, least and most, and of a plain step.
+
+    See `hpcsngd.optim.placement` and `compress`. KIS may draw all its samples from one rank, or none.
+    """
     if ranks == 1:
-        return 0, 0
-    count, widths = len(sizes), sum(d_in + d_out for d_in, d_out in sizes)
-    fixed = 8 * count + 8 * count  # rows of every layer; failures of every layer
+        return 0, 0, 0
+    owned = [sum(seen.entries[n] for n, owner in seen.owners.items() if owner == r) for r in range(ranks)]
+    plain = 4 * max(owned)
+    # Samples and terms of every layer; failures of every layer; kept samples of those with an owner.
+    fixed = plain + (16 + 8) * len(seen.rows) + 8 * len(seen.owners)
+    shared = sum(numbers for name, numbers in seen.rows.items() if name not in seen.owners)
+    elsewhere = sum(seen.rows[name] for name, owner in seen.owners.items() if owner != 0)
     if CASES[case]["method"] != "kis":
-        return (fixed + 4 * batch * widths,) * 2
-    fixed += 8 * batch * count
+        return (fixed + 4 * batch * (shared + elsewhere),) * 2 + (plain,)
+    fixed += 8 * batch * len(seen.rows)
     kept = round(CASES[case]["ratio"] * batch * ranks)
-    return fixed + 4 * widths * kept // ranks, fixed + 4 * widths * min(kept, batch)
+    most = fixed + 4 * min(kept, batch) * (shared + elsewhere)
+    return fixed + 4 * shared * kept // ranks, most, plain
 
 
 def print_times(model: str, cases: list[str], rounds: int, batch: int) -> None:
@@ -211,14 +237,15 @@ def print_memory(model: str, cases: list[str], batch: int) -> None:
 
 
 def print_bytes(model: str, cases: list[str], batch: int) -> None:
-    print(f"\n{model}, batch {batch} per rank: bytes per refresh and rank, first refresh, rank 0")
-    print(f"{'case':<12}{'ranks':>6}{'counted':>13}{'formula':>27}")
+    print(f"\n{model}, batch {batch} per rank, refresh every 2 steps: bytes that rank 0 hands to collectives")
+    print(f"{'case':<12}{'ranks':>6}{'owned':>7}{'refresh':>14}{'formula':>28}{'plain':>12}{'formula':>12}")
     for case in cases:
         for ranks in RANKS:
-            counted, sizes = run_on_ranks(traffic, ranks, model, case, batch)[0]
-            least, most = formula_bytes(case, ranks, batch, sizes)
-            formula = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-            print(f"{case:<12}{ranks:>6}{counted:>13,}{formula:>27}")
+            seen = run_on_ranks(traffic, ranks, model, case, batch)[0]
+            least, most, plain = formula(case, ranks, batch, seen)
+            text = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+            counts = f"{ranks:>6}{len(seen.owners):>4}/{len(seen.rows)}{seen.refresh:>14,}"
+            print(f"{case:<12}{counts}{text:>28}{seen.plain:>12,}{plain:>12,}")
 
 
 def main() -> None:

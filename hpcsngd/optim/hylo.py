@@ -30,7 +30,15 @@ from hpcsngd.optim.base import Preconditioner, Schedule
 from hpcsngd.optim.calendar import Calendar
 from hpcsngd.optim.calls import ConvMode, MisalignedError
 from hpcsngd.optim.capture import Capture
-from hpcsngd.optim.checks import check_choice, check_method, positive, switch_rule
+from hpcsngd.optim.checks import (
+    at_least_one_step,
+    check_choice,
+    check_method,
+    check_placement,
+    needs_every_kernel,
+    positive,
+    switch_rule,
+)
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.compare import Comparison
 from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
@@ -39,7 +47,8 @@ from hpcsngd.optim.curvature import Complement, SampleCurvature, build_all
 from hpcsngd.optim.hybrid import Switch, SwitchRule
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
-from hpcsngd.optim.placement import refresh_cost
+from hpcsngd.optim.owners import Owners
+from hpcsngd.optim.placement import Placement, Placer, refresh_cost
 from hpcsngd.optim.records import Communication, Fallback, Kept, LayerCheck, Memory, PhaseTime, StepRecord
 from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.schedules import DampingDecay
@@ -146,6 +155,11 @@ class HyLo(Preconditioner):
             the plain gradient's norm.
         dtype: of rows, kernels and solves; default: float32, or float64 for float64 weights.
         seed: of KIS's draws.
+        placement: who solves for a layer. ``"replicate"``: every rank, from all rows. ``"owner"``: one rank,
+            which sends the preconditioned gradient at every step. ``"auto"``: for each layer and refresh
+            whatever takes fewer bytes (`hpcsngd.optim.placement`); replicated while ``observe`` asks for
+            kernels or errors. With owners, every rank must call `state_dict`, and layers must have their
+            gradients on all ranks alike, as DistributedDataParallel leaves them.
         communicator: does the exchange with other ranks; default: with all of them.
         profile: whether to time the phases (waits for the GPU at each).
         observe: any of ``"rank_analysis"``, ``"grad_norm"``, ``"grad_error"``; see `hpcsngd.optim.records`.
@@ -178,6 +192,7 @@ class HyLo(Preconditioner):
         rescale: Rescale = "none",
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        placement: Placement = "auto",
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
@@ -186,6 +201,8 @@ class HyLo(Preconditioner):
         check_choice("kid_scope", kid_scope, get_args(Scope))
         check_choice("complement", complement, get_args(Complement))
         check_choice("conv_mode", conv_mode, get_args(ConvMode))
+        check_choice("placement", placement, get_args(Placement))
+        check_placement(placement, kid_scope, observe)
         check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
         check_choice("rescale", rescale, get_args(Rescale))
         rule = RankRule(ratio, low_rank, share)
@@ -211,8 +228,12 @@ class HyLo(Preconditioner):
         self._stopwatch = Stopwatch(profile)
         self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
+        self._placement: Placement = "replicate" if needs_every_kernel(observe) else placement
+        self._refresh_every = refresh_every
+        self._owners = Owners(self._communicator)
+        # Of the layers that are solved here; those solved here for all ranks are stacked by themselves.
         self._curvature: dict[str, SampleCurvature] = {}
-        self._stacks = Stacks()
+        self._stacks, self._owned_stacks = Stacks(), Stacks()
         self._comparison = Comparison()
         self._kept: tuple[Kept, ...] = ()
         self._record = StepRecord(0, False, self._damping, 0, method=self._used)
@@ -315,7 +336,11 @@ class HyLo(Preconditioner):
         return checks
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns step, progress, seed, damping, the switch, and every layer's rows and factors."""
+        """Returns step, progress, seed, damping, the switch, and every layer's rows and factors.
+
+        Every rank must call it: layers with an owner come from there.
+        """
+        layers = self._owners.all_states({name: c.state_dict() for name, c in self._curvature.items()})
         return {
             "format": _STATE_FORMAT,
             "step": self._step,
@@ -326,7 +351,9 @@ class HyLo(Preconditioner):
             "method": self._used,
             "failures": self._failures,
             "switch": None if self._switch is None else self._switch.state_dict(),
-            "layers": {name: curvature.state_dict() for name, curvature in self._curvature.items()},
+            "ranks": self._communicator.world_size,
+            "owners": dict(self._owners.ranks),
+            "layers": {layer.name: layers[layer.name] for layer in self._layers if layer.name in layers},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -343,8 +370,14 @@ class HyLo(Preconditioner):
         unknown = sorted(set(state["layers"]) - set(layers))
         if unknown:
             raise ValueError(f"state has layers that are not covered here: {', '.join(unknown)}")
+        # On as many ranks as before, owners go on; on any other number every rank has everything for now.
+        is_alike = state["ranks"] == self._communicator.world_size
+        self._owners.ranks = dict(state["owners"]) if is_alike else {}
         self._curvature = {
-            name: self._load_layer(layers[name], saved) for name, saved in state["layers"].items()
+            name: loaded
+            for name, saved in state["layers"].items()
+            if (loaded := self._load_layer(layers[name], saved))
+            and (name not in self._owners.ranks or self._owners.is_here(name))
         }
         self._stack()
         self._comparison.clear()
@@ -368,7 +401,7 @@ class HyLo(Preconditioner):
     def close(self) -> None:
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
         self._capture.close()
-        self._curvature = {}
+        self._curvature, self._owners.ranks = {}, {}
         self._stack()
         self._comparison.clear()
         self._closed = True
@@ -396,8 +429,13 @@ class HyLo(Preconditioner):
                 step=self._step,
                 damping=damping,
                 everything=self._observer.wants_exact,
+                placer=Placer(
+                    self._placement,
+                    self._communicator.world_size,
+                    at_least_one_step(self._refresh_every, self._step),
+                ),
             )
-        if not batch.sketches and not batch.faults:
+        if not batch.samples and not batch.faults:
             return False, ()
         self._used = self._method_now
         with self._stopwatch.phase("factorise"):
@@ -431,39 +469,51 @@ class HyLo(Preconditioner):
         kernels = [sketch.kernel() for sketch in sketches.values()]
         curvatures = build_all(list(sketches.values()), kernels, damping, self._complement)
         found = dict(zip(sketches, curvatures, strict=True))
+        # None for a failure here; layers owned elsewhere are their owners' to judge.
         built = {name: found.get(name) for name in batch.sketches}
         with self._stopwatch.phase("observe"):
             for name, kernel in zip(sketches, kernels, strict=True):
                 if built[name] is not None:
                     self._observer.kernel(name, kernel, damping)
         # The same rows on unlike hardware may fail on one rank only: one rank's failure is everybody's.
-        failed = self._communicator.sum_numbers("factorise", [int(new is None) for new in built.values()])
-        for (name, new), ranks in zip(built.items(), failed, strict=True):
-            if new is not None and not ranks:
-                self._curvature[name] = new
+        failures = [int(name in built and built[name] is None) for name in batch.samples]
+        kept = [len(sketches[name].rows) if name in sketches else 0 for name in batch.owners]
+        sums = self._communicator.sum_numbers("factorise", [*failures, *kept])
+        failed = [name for name, ranks in zip(batch.samples, sums, strict=False) if ranks]
+        for name in batch.samples:
+            if name not in failed:
+                self._replace(name, built.get(name), batch.owners.get(name))
         self._stack()
+        sizes = {name: len(sketch.rows) for name, sketch in sketches.items()}
+        sizes.update(zip(batch.owners, sums[len(failures) :], strict=True))
         self._kept = tuple(
-            Kept(
-                self._step + 1,
-                name,
-                self._used,
-                self._compression.rule.name,
-                sketch.batch,
-                len(sketch.rows),
-            )
-            for name, sketch in batch.sketches.items()
-            if sketch is not None and self._used != "sngd"
+            Kept(self._step + 1, name, self._used, self._compression.rule.name, batch.samples[name], size)
+            for name, size in sizes.items()
+            if size and self._used != "sngd"
         )
-        return {
-            name: "kernel is not positive definite"
-            for name, ranks in zip(built, failed, strict=True)
-            if ranks
-        }
+        return dict.fromkeys(failed, "kernel is not positive definite")
+
+    def _replace(self, name: str, new: SampleCurvature | None, owner: int | None) -> None:
+        """Takes over a layer's new curvature; None where its owner has it."""
+        self._owners.assign(name, owner)
+        if new is None:
+            self._curvature.pop(name, None)
+        else:
+            self._curvature[name] = new
 
     def _stack(self) -> None:
         """Stacks the curvatures, always in the order of the layers."""
         names = [layer.name for layer in self._layers if layer.name in self._curvature]
-        self._curvature = self._stacks.update({name: self._curvature[name] for name in names})
+        owned = [name for name in names if self._owners.is_here(name)]
+        shared = [name for name in names if name not in owned]
+        self._curvature = {
+            **self._stacks.update({name: self._curvature[name] for name in shared}),
+            **self._owned_stacks.update({name: self._curvature[name] for name in owned}),
+        }
+
+    def _is_covered(self, name: str) -> bool:
+        """Returns whether some rank has a curvature of the layer."""
+        return name in self._curvature or name in self._owners.ranks
 
     def _factorise_to_compare(self, batch: Batch, damping: float) -> None:
         """Keeps the exact curvature of the same batch, and that of the other of KID and KIS."""
@@ -479,7 +529,7 @@ class HyLo(Preconditioner):
 
     def _fall_back(self, name: str, reason: str) -> Fallback:
         if dist.rank() == 0:
-            instead = "last good curvature" if name in self._curvature else "plain gradient"
+            instead = "last good curvature" if self._is_covered(name) else "plain gradient"
             logger.warning("step %d, layer %s: %s; using its %s", self._step + 1, name, reason, instead)
         return Fallback(self._step + 1, name, reason)
 
@@ -502,6 +552,10 @@ class HyLo(Preconditioner):
                 rescaled.update(zip(group.names, matrices, strict=True))
                 if self._kl_clip is not None:
                     products.append((matrices * group.grads).sum(dtype=torch.float64))
+            sent = self._from_owners(grads)
+            rescaled.update(sent)
+            if self._kl_clip is not None:
+                products += [(sent[name] * grads[name]).sum(dtype=torch.float64) for name in sent]
             for layer, found in gradients.items():
                 if layer.name in rescaled:
                     for gradient, piece in zip(found, layer.from_matrix(rescaled[layer.name]), strict=True):
@@ -509,6 +563,13 @@ class HyLo(Preconditioner):
         with self._stopwatch.phase("observe"):
             self._observe(grads, solved)
         return products
+
+    def _from_owners(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the preconditioned gradients of the layers that have an owner."""
+        mine: dict[str, Tensor] = {}
+        for group in self._owned_stacks.solve(grads):
+            mine.update(zip(group.names, self._rescaled(group), strict=True))
+        return self._owners.exchange(mine, grads)
 
     def _observe(self, grads: Mapping[str, Tensor], solved: Sequence[Solved]) -> None:
         results = dict(grads)
@@ -531,7 +592,7 @@ class HyLo(Preconditioner):
             size = lr**2 * torch.stack(list(products)).sum()
             factor = (limit / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_max(1)
             for layer in self._layers:
-                if layer.name in self._curvature:
+                if self._is_covered(layer.name):
                     for gradient in _gradients(layer):
                         gradient.mul_(factor)
 

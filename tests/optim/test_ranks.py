@@ -174,7 +174,12 @@ def test_bytes_are_counted() -> None:
         records = [
             run["records"]
             for run in run_on_ranks(
-                training.train, 3, "mlp", sizes, 2, {**OPTIONS[method], "refresh_every": 2}
+                training.train,
+                3,
+                "mlp",
+                sizes,
+                2,
+                {**OPTIONS[method], "refresh_every": 2, "placement": "replicate"},
             )
         ]
         refresh, plain = records[0]
