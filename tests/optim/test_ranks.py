@@ -79,8 +79,9 @@ def test_sequences_of_other_lengths_on_every_rank(lengths: list[int], options: d
 
 def test_bytes_of_exact_rows() -> None:
     """Layers of 4 x 6 and 3 x 5 entries: one token is a pair of vectors, two are already a matrix."""
+    options = {"conv_mode": "exact", "placement": "replicate"}
     for length, width in {1: 6 + 4, 2: 6 * 4, 9: 6 * 4}.items():
-        results = run_on_ranks(training.step_on_sequences, 2, [length, length], {"conv_mode": "exact"})
+        results = run_on_ranks(training.step_on_sequences, 2, [length, length], options)
         counted = {(item.phase, item.op): item.size_bytes for item in results[0]["record"].communication}
         assert counted["gather", "all_gather"] == 2 * 16 + 3 * (width + 5 + 3) * 8
 
