@@ -129,6 +129,21 @@ def all_gather_rows(tensor: Tensor, sizes: Sequence[int] | None = None) -> list[
     return [gathered[source, :size] for source, size in enumerate(sizes)]
 
 
+def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Sends ``parts[r]`` to rank r and returns what every rank sent here, in rank order.
+
+    Args:
+        parts: one for each rank, of one dimension and one dtype; lengths may differ.
+        sizes: how many numbers each rank sends here.
+    """
+    if not is_initialized():
+        return list(parts)
+    carrier = _to_wire(torch.cat(list(parts)))
+    received = carrier.new_empty(sum(sizes))
+    torch_dist.all_to_all_single(received, carrier, list(sizes), [len(part) for part in parts])
+    return list(torch.split(received.to(parts[0].device), list(sizes)))
+
+
 def broadcast_object(value: T | None, src: int = 0) -> T:
     """Returns rank ``src``'s ``value`` on every rank (pickled: small objects from our own ranks only)."""
     box: list[T | None] = [value]

@@ -166,6 +166,10 @@ class HyLo(Strict):
     """Added to the eigenvalues of the Fisher matrix: a number, or a decay by epochs."""
     refresh_every: int = Field(default=10, ge=1)
     """Steps between recomputations of the curvature."""
+    stagger: bool = False
+    """Refresh some layers at each step, each once in refresh_every steps, so that no step is slow."""
+    placement: Literal["auto", "replicate", "owner"] = "auto"
+    """Who solves for a layer: every rank, one that sends its result at each step, or what is fewer bytes."""
     ratio: float = Field(default=1.0, gt=0, le=1)
     """Share of the samples kept by kid and kis."""
     low_rank: int | None = Field(default=None, ge=1)

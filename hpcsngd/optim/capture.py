@@ -33,7 +33,11 @@ from hpcsngd.optim.stopwatch import Stopwatch
 
 
 class Capture:
-    """Watches layers and collects their rows while ``enabled``.
+    """Watches layers and collects the rows of those that are due: all of them at first.
+
+    Attributes:
+        due: names of the layers to collect rows of.
+        reads: layer -> numbers in all its inputs and outputs behind the rows taken last.
 
     Args:
         layers: the layers to watch.
@@ -49,7 +53,9 @@ class Capture:
         stopwatch: Stopwatch,
         mode: ConvMode = "reduce",
     ) -> None:
-        self.enabled = True
+        self.due = frozenset(layer.name for layer in layers)
+        self.reads: dict[str, tuple[int, int]] = {}
+        self._reads_now: dict[str, tuple[int, int]] = {}
         self._mode: ConvMode = mode
         self._dtype = dtype
         self._stopwatch = stopwatch
@@ -68,7 +74,7 @@ class Capture:
 
     def close(self) -> None:
         """Removes every hook and forgets what was captured."""
-        self.enabled = False
+        self.due = frozenset()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -78,7 +84,13 @@ class Capture:
         """Forgets what was captured."""
         for calls in self._calls.values():
             calls.clear()
+        self._reads_now = {}
         self._micro_batch, self._gradient_seen = 0, False
+
+    @property
+    def enabled(self) -> bool:
+        """Returns whether any layer is due."""
+        return bool(self.due)
 
     @property
     def micro_batches(self) -> int:
@@ -90,12 +102,17 @@ class Capture:
         return self._dtype or torch.promote_types(layer.module.weight.dtype, torch.float32)
 
     def take(self, scale: Callable[[int], float]) -> Mapping[str, Rows | MisalignedError]:
-        """Returns the rows of every layer (none of them: 0 rows) and forgets them.
+        """Returns the rows of every layer that is due (none of them: 0 rows) and forgets them.
 
         Args:
             scale: number of rows in a micro-batch -> factor for its output gradients.
         """
-        rows = {name: self._join(self._layers[name], calls, scale) for name, calls in self._calls.items()}
+        rows = {
+            name: self._join(self._layers[name], calls, scale)
+            for name, calls in self._calls.items()
+            if name in self.due
+        }
+        self.reads = self._reads_now
         self.clear()
         return rows
 
@@ -113,11 +130,13 @@ class Capture:
     def _on_forward(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
+        if not (layer.name in self.due and torch.is_grad_enabled() and output.requires_grad):
             return
         if self._gradient_seen:
             self._micro_batch, self._gradient_seen = self._micro_batch + 1, False
         x: Tensor = args[0] if args else kwargs["input"]
+        inputs, outputs = self._reads_now.get(layer.name, (0, 0))
+        self._reads_now[layer.name] = (inputs + x.numel(), outputs + output.numel())
         kind = ExactCall if self._mode == "exact" else ReducedCall
         with self._stopwatch.phase("capture"), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             call = kind(layer, x, output, self.rows_dtype(layer))
@@ -125,7 +144,7 @@ class Capture:
         output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, layer: Layer, micro_batch: int, call: Call, grad: Tensor) -> None:
-        if not self.enabled:
+        if layer.name not in self.due:
             return
         self._gradient_seen = True
         # Autocast is still on where backward() is called under it.

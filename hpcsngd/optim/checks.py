@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hpcsngd.optim.base import Schedule, value_at
@@ -23,6 +23,19 @@ def check_method(method: str, rule: RankRule, *, has_switch: bool) -> None:
         raise ValueError(f"{rule.name}: method 'sngd' keeps every sample")
     if has_switch and method != "hybrid":
         raise ValueError(f"switch: method {method!r} does not switch; allowed with 'hybrid'")
+
+
+def needs_every_kernel(observe: Collection[str]) -> bool:
+    """Returns whether what is observed needs every layer's rows on every rank."""
+    return bool({"rank_analysis", "grad_error"} & set(observe))
+
+
+def check_placement(placement: str, kid_scope: str, observe: Collection[str]) -> None:
+    """Raises ValueError where ``placement="owner"`` would be ignored."""
+    if placement == "owner" and kid_scope == "local":
+        raise ValueError("placement='owner': kid_scope 'local' keeps its few rows on every rank")
+    if placement == "owner" and needs_every_kernel(observe):
+        raise ValueError(f"placement='owner': observe={sorted(observe)} needs kernels on every rank")
 
 
 def switch_rule(switch: SwitchRule | Mapping[str, Any] | None) -> SwitchRule:

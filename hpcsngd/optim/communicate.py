@@ -7,11 +7,14 @@ and nothing is counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hpcsngd import dist
+
+T = TypeVar("T")
 
 
 class Communicator:
@@ -42,6 +45,10 @@ class Communicator:
         local = torch.tensor([number], dtype=torch.float64)
         self._count(phase, "broadcast", local.nbytes)
         return float(dist.broadcast(local))
+
+    def object_from(self, rank: int, value: T) -> T:
+        """Returns a rank's value on every rank (pickled, not counted: for checkpoints)."""
+        return value if self.world_size == 1 else dist.broadcast_object(value, rank)
 
     def take_traffic(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Returns ``(phase, op) -> (calls, bytes)`` since the last call, and starts over."""
@@ -82,6 +89,43 @@ class Communicator:
             torch.cat([parts[index] for parts in split]).reshape(-1, *tensor.shape[1:])
             for index, tensor in enumerate(tensors)
         ]
+
+    def send_rows(
+        self, phase: str, tensors: Sequence[Tensor], rows: Sequence[Sequence[int]], owners: Sequence[int]
+    ) -> list[Tensor | None]:
+        """Returns each tensor joined as by `join_rows`, but on its owner only; None elsewhere.
+
+        What a rank has of its own does not travel and is not counted.
+
+        Args:
+            phase: what the bytes are counted for.
+            tensors: as for `join_rows`.
+            rows: as for `join_rows`.
+            owners: the rank of each tensor.
+        """
+        if self.world_size == 1 or not tensors:
+            return list(tensors)
+        widths = [tensor.shape[1:].numel() for tensor in tensors]
+        mine = [index for index, owner in enumerate(owners) if owner == self.rank]
+        parts = [tensors[0].new_empty(0)] * self.world_size
+        for target in set(owners) - {self.rank}:
+            flat = [t.reshape(-1) for t, owner in zip(tensors, owners, strict=True) if owner == target]
+            parts[target] = torch.cat(flat)
+        counts = [[of_rank[index] * widths[index] for index in mine] for of_rank in rows]
+        sizes = [0 if source == self.rank else sum(of_rank) for source, of_rank in enumerate(counts)]
+        self._count(phase, "all_to_all", sum(part.nbytes for part in parts))
+        received = dist.all_to_all(parts, sizes)
+        split = [
+            [tensors[index].reshape(-1) for index in mine]
+            if source == self.rank
+            else list(torch.split(part, of_rank))
+            for source, (part, of_rank) in enumerate(zip(received, counts, strict=True))
+        ]
+        result: list[Tensor | None] = [None] * len(tensors)
+        for position, index in enumerate(mine):
+            joined = torch.cat([pieces[position] for pieces in split])
+            result[index] = joined.reshape(-1, *tensors[index].shape[1:])
+        return result
 
     def _all_gather(self, phase: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         if self.world_size == 1:

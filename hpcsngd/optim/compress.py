@@ -26,8 +26,9 @@ from torch import Tensor
 from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.curvature import Sketch
-from hpcsngd.optim.gather import Block, Usable, agree, join_all, join_blocks, join_chosen, join_scores
+from hpcsngd.optim.gather import Block, Joined, Usable, agree, join_all, join_blocks, join_chosen, join_scores
 from hpcsngd.optim.kid import Interpolation, interpolate
+from hpcsngd.optim.placement import Placer
 from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.selection import Draw, RankRule, apportion, draw_rows
 
@@ -41,11 +42,15 @@ class Batch:
     """What a refresh knows of the joined batch; layers without samples or with a fault are missing.
 
     Attributes:
-        sketches: layer -> its sketch; None where that failed here.
+        samples: layer -> samples of the joined batch; the same layers on every rank.
+        owners: layer -> the only rank that has its sketch (`hpcsngd.optim.placement`).
+        sketches: layer -> its sketch, without layers owned elsewhere; None where that failed here.
         everything: layer -> all rows, where they were asked for or needed anyway.
         faults: layer -> what went wrong on some rank.
     """
 
+    samples: dict[str, int]
+    owners: dict[str, int]
     sketches: dict[str, Sketch | None]
     everything: dict[str, Rows]
     faults: dict[str, str]
@@ -78,6 +83,7 @@ class Compression:
         step: int,
         damping: float,
         everything: bool,
+        placer: Placer,
     ) -> Batch:
         """Returns the joined batch as ``method`` sees it.
 
@@ -88,22 +94,25 @@ class Compression:
             step: of the refresh.
             damping: of the refresh.
             everything: whether to gather the rows that the method does without as well.
+            placer: says who gets what.
         """
         usable = agree(communicator, local)
         faults = usable.faults
         is_local = method == "kid" and self.scope == "local"
         is_drawn = method == "kis" and not self.rule.keeps_everything
-        rows: dict[str, Rows] = {}
+        joined = Joined({}, {})
         if everything or not (is_local or is_drawn):
-            rows = join_all(communicator, usable)
+            joined = join_all(communicator, usable, placer)
+        rows, owners = joined.rows, joined.owners
         if is_local:
             sketches, failed = self._gather_blocks(communicator, usable, damping)
             faults = {**faults, **failed}
-        elif rows:
+        elif everything or not is_drawn:
             sketches = {name: self.sketch(method, name, all_, step, damping) for name, all_ in rows.items()}
         else:
-            sketches = self._gather_drawn(communicator, usable, step)
-        return Batch(sketches, rows, faults)
+            sketches, owners = self._gather_drawn(communicator, usable, step, placer)
+        samples = {name: count for name, count in usable.samples().items() if name not in faults}
+        return Batch(samples, owners, sketches, rows, faults)
 
     def sketch(self, method: Plain, layer: str, rows: Rows, step: int, damping: float) -> Sketch | None:
         """Returns what ``method`` makes of all rows of one layer; None for a kernel that is not finite."""
@@ -150,13 +159,15 @@ class Compression:
         return Sketch(weighted, len(scores), len(scores), None, mean)
 
     def _gather_drawn(
-        self, communicator: Communicator, usable: Usable, step: int
-    ) -> dict[str, Sketch | None]:
+        self, communicator: Communicator, usable: Usable, step: int, placer: Placer
+    ) -> tuple[dict[str, Sketch | None], dict[str, int]]:
         scores = join_scores(communicator, usable)
         draws = {name: self._draw(name, score, step) for name, score in scores.items()}
         chosen = {name: draw.rows for name, draw in draws.items()}
-        kept = join_chosen(communicator, usable, chosen)
-        return {name: self._drawn_sketch(rows, draws[name], scores[name]) for name, rows in kept.items()}
+        kept = join_chosen(communicator, usable, chosen, placer)
+        return {
+            name: self._drawn_sketch(rows, draws[name], scores[name]) for name, rows in kept.rows.items()
+        }, kept.owners
 
     def _gather_blocks(
         self, communicator: Communicator, usable: Usable, damping: float

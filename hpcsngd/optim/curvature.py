@@ -20,14 +20,14 @@ alone: with a small damping the least known directions take the longest steps. `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.linalg import jittered_cholesky
+from hpcsngd.optim.linalg import jittered_cholesky_each
 from hpcsngd.optim.rows import Rows, rows_from
 
 #: What scales the complement: 1 / damping, 1, or 1 / (damping + mean eigenvalue of what was left out).
@@ -95,15 +95,7 @@ class SampleCurvature:
             damping: positive.
             complement: what scales the directions that no kept row has.
         """
-        identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-        factorized = jittered_cholesky(kernel + damping * identity)
-        scale, span = _complement_scale(complement, damping, sketch.left_out), None
-        if scale is not None:
-            span = _span_factor(kernel_of(sketch.rows) * (len(kernel) / sketch.samples))
-        if factorized is None or (scale is not None and span is None):
-            return None
-        factor, jitter = factorized
-        return cls(sketch.rows, sketch.samples, factor, damping, jitter, sketch.mixing, scale, span)
+        return build_all([sketch], [kernel], damping, complement)[0]
 
     def solve(self, grad: Tensor) -> Tensor:
         """Returns ``(F + damping I)^-1 grad``, its complement scaled, for a matrix ``(d_out, d_in)``."""
@@ -166,6 +158,28 @@ class SampleCurvature:
         )
 
 
+def build_all(
+    sketches: Sequence[Sketch],
+    kernels: Sequence[Tensor],
+    damping: float,
+    complement: Complement = "damped",
+) -> list[SampleCurvature | None]:
+    """Returns `SampleCurvature.build` of every sketch; kernels of equal size are factorized in one batch."""
+    factorized = jittered_cholesky_each([_shifted(kernel, damping) for kernel in kernels])
+    scales = [_complement_scale(complement, damping, sketch.left_out) for sketch in sketches]
+    scaled = [index for index, scale in enumerate(scales) if scale is not None]
+    spans = dict(zip(scaled, _span_factors([sketches[index] for index in scaled]), strict=True))
+    built: list[SampleCurvature | None] = []
+    for index, (sketch, found, scale) in enumerate(zip(sketches, factorized, scales, strict=True)):
+        span = spans.get(index)
+        if found is None or (scale is not None and span is None):
+            built.append(None)
+        else:
+            values = (sketch.rows, sketch.samples, found[0], damping, found[1], sketch.mixing, scale, span)
+            built.append(SampleCurvature(*values))
+    return built
+
+
 def kernel_of(rows: Rows) -> Tensor:
     """Returns ``K/n``, shape ``(n, n)``: it has the nonzero eigenvalues of the F of these rows."""
     return rows.gram() / len(rows)
@@ -177,9 +191,19 @@ def _complement_scale(complement: Complement, damping: float, left_out: float) -
     return 1 / (damping + left_out) if complement == "residual" and left_out > 0 else None
 
 
-def _span_factor(kernel: Tensor) -> Tensor | None:
-    """Returns the factor of ``kernel`` plus its rounding: equal or zero samples make it singular."""
-    info = torch.finfo(kernel.dtype)
-    noise = len(kernel) * info.eps * kernel.diagonal().max().clamp_min(info.tiny / info.eps)
-    factorized = jittered_cholesky(kernel + noise * torch.eye(len(kernel)).to(kernel))
-    return None if factorized is None else factorized[0]
+def _span_factors(sketches: Sequence[Sketch]) -> list[Tensor | None]:
+    """Returns the factors of ``K/N`` plus its rounding: equal or zero samples make it singular."""
+    kernels = []
+    for sketch in sketches:
+        kernel = kernel_of(sketch.rows) * (len(sketch.rows) / sketch.samples)
+        info = torch.finfo(kernel.dtype)
+        noise = len(kernel) * info.eps * kernel.diagonal().max().clamp_min(info.tiny / info.eps)
+        kernels.append(_shifted(kernel, noise))
+    return [None if found is None else found[0] for found in jittered_cholesky_each(kernels)]
+
+
+def _shifted(matrix: Tensor, shift: float | Tensor) -> Tensor:
+    """Returns ``matrix + shift I``."""
+    result = matrix.clone()
+    result.diagonal().add_(shift)
+    return result

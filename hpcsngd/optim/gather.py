@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
+from hpcsngd.optim.placement import Load, Placer
 from hpcsngd.optim.rows import Rows, common_terms
 
 _NOT_FINITE, _MISALIGNED = -1, -2
@@ -62,9 +63,22 @@ def agree(communicator: Communicator, local: Mapping[str, Rows | MisalignedError
     return Usable(rows, [[columns[name][rank] for name in names] for rank in range(len(table))], faults)
 
 
-def join_all(communicator: Communicator, usable: Usable) -> dict[str, Rows]:
+@dataclass(frozen=True)
+class Joined:
+    """Rows of all ranks.
+
+    Attributes:
+        rows: of the layers that are here.
+        owners: layer -> the only rank that has its rows; other layers are on every rank.
+    """
+
+    rows: dict[str, Rows]
+    owners: dict[str, int]
+
+
+def join_all(communicator: Communicator, usable: Usable, placer: Placer) -> Joined:
     """Returns the rows of all ranks by layer."""
-    return _join(communicator, usable.rows, usable.counts)
+    return _join(communicator, usable.rows, usable.counts, placer)
 
 
 def join_scores(communicator: Communicator, usable: Usable) -> dict[str, Tensor]:
@@ -73,13 +87,16 @@ def join_scores(communicator: Communicator, usable: Usable) -> dict[str, Tensor]
     return dict(zip(usable.rows, communicator.join_rows("gather", local, usable.counts), strict=True))
 
 
-def join_chosen(communicator: Communicator, usable: Usable, chosen: Mapping[str, Tensor]) -> dict[str, Rows]:
+def join_chosen(
+    communicator: Communicator, usable: Usable, chosen: Mapping[str, Tensor], placer: Placer
+) -> Joined:
     """Returns chosen rows by layer: each rank sends those that it has.
 
     Args:
         communicator: does and counts the exchange.
         usable: from `agree`.
         chosen: ascending indices into the joined batch by layer.
+        placer: says who gets them.
     """
     mine = {}
     chosen_counts: list[list[int]] = [[] for _ in usable.counts]
@@ -88,7 +105,7 @@ def join_chosen(communicator: Communicator, usable: Usable, chosen: Mapping[str,
         for of_rank, part in zip(chosen_counts, parts, strict=True):
             of_rank.append(len(part))
         mine[name] = rows.take(parts[communicator.rank])
-    return _join(communicator, mine, chosen_counts)
+    return _join(communicator, mine, chosen_counts, placer)
 
 
 @dataclass(frozen=True)
@@ -185,16 +202,32 @@ def _fault(rows: Rows | MisalignedError, column: Sequence[int]) -> str:
 
 
 def _join(
-    communicator: Communicator, local: Mapping[str, Rows], counts: Sequence[Sequence[int]]
-) -> dict[str, Rows]:
-    widths = [len(rows.tensors) for rows in local.values()]
-    tensors = [tensor for rows in local.values() for tensor in rows.tensors]
-    repeated = [
-        [count for count, width in zip(of_rank, widths, strict=True) for _ in range(width)]
-        for of_rank in counts
-    ]
-    joined = iter(communicator.join_rows("gather", tensors, repeated))
-    return {name: rows.replaced([next(joined) for _ in rows.tensors]) for name, rows in local.items()}
+    communicator: Communicator, local: Mapping[str, Rows], counts: Sequence[Sequence[int]], placer: Placer
+) -> Joined:
+    totals = dict(zip(local, map(sum, zip(*counts, strict=True)), strict=True))
+    owners = placer.owners(
+        {name: Load(totals[name], rows.numbers, rows.entries) for name, rows in local.items()}
+    )
+    shared = [name for name in local if name not in owners]
+    owned = list(owners)
+    joined = iter(communicator.join_rows("gather", *_tensors(local, counts, shared)))
+    rows = {name: local[name].replaced([next(joined) for _ in local[name].tensors]) for name in shared}
+    ranks = [owners[name] for name in owned for _ in local[name].tensors]
+    sent = iter(communicator.send_rows("gather", *_tensors(local, counts, owned), ranks))
+    for name in owned:
+        tensors = [tensor for _ in local[name].tensors if (tensor := next(sent)) is not None]
+        if tensors:
+            rows[name] = local[name].replaced(tensors)
+    return Joined({name: rows[name] for name in local if name in rows}, owners)
+
+
+def _tensors(
+    local: Mapping[str, Rows], counts: Sequence[Sequence[int]], names: Sequence[str]
+) -> tuple[list[Tensor], list[list[int]]]:
+    """Returns all tensors of some layers, and how many rows every rank has of each tensor."""
+    tensors = [tensor for name in names for tensor in local[name].tensors]
+    by_name = [dict(zip(local, of_rank, strict=True)) for of_rank in counts]
+    return tensors, [[of_rank[name] for name in names for _ in local[name].tensors] for of_rank in by_name]
 
 
 def _by_rank(chosen: Tensor, counts: Sequence[int]) -> list[Tensor]:

@@ -27,20 +27,33 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcsngd import dist
 from hpcsngd.optim import verify
 from hpcsngd.optim.base import Preconditioner, Schedule
-from hpcsngd.optim.calls import ConvMode
+from hpcsngd.optim.calendar import Calendar
+from hpcsngd.optim.calls import ConvMode, MisalignedError
 from hpcsngd.optim.capture import Capture
-from hpcsngd.optim.checks import at_least_one_step, check_choice, check_method, positive, switch_rule
+from hpcsngd.optim.checks import (
+    at_least_one_step,
+    check_choice,
+    check_method,
+    check_placement,
+    needs_every_kernel,
+    positive,
+    switch_rule,
+)
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.compare import Comparison
 from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
 from hpcsngd.optim.covering import Skip, find_layers
-from hpcsngd.optim.curvature import Complement, SampleCurvature
+from hpcsngd.optim.curvature import Complement, SampleCurvature, build_all
 from hpcsngd.optim.hybrid import Switch, SwitchRule
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
+from hpcsngd.optim.owners import Owners
+from hpcsngd.optim.placement import Placement, Placer, refresh_cost
 from hpcsngd.optim.records import Communication, Fallback, Kept, LayerCheck, Memory, PhaseTime, StepRecord
+from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.schedules import DampingDecay
 from hpcsngd.optim.selection import RankRule
+from hpcsngd.optim.stacks import Solved, Stacks
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -49,7 +62,7 @@ Method = Literal["sngd", "kid", "kis", "hybrid"]
 LossReduction = Literal["mean", "sum"]
 Rescale = Literal["none", "damping", "norm"]
 
-_STATE_FORMAT = "hylo/2"
+_STATE_FORMAT = "hylo/3"
 
 
 class HyLo(Preconditioner):
@@ -111,6 +124,9 @@ class HyLo(Preconditioner):
         damping: positive; a function of the step; or a decay by epochs (`DampingDecay`, or a mapping of its
             fields). Evaluated at refreshes and used until the next.
         refresh_every: steps between refreshes, or a function of the step; the first step refreshes.
+        stagger: whether to refresh some layers at each step instead of all of them every ``refresh_every``
+            steps (which must be a whole number), so that no step but the first is slow. Each layer is
+            refreshed once in ``refresh_every`` steps; `hpcsngd.optim.calendar` states a step's ceiling.
         ratio: share of the joined batch that KID and KIS keep, in (0, 1].
         low_rank: instead, how many samples they keep, whatever the batch size and number of ranks.
         share: instead, keep as many as eigenvalues are needed for this share of their sum (KIS: as the
@@ -139,6 +155,11 @@ class HyLo(Preconditioner):
             the plain gradient's norm.
         dtype: of rows, kernels and solves; default: float32, or float64 for float64 weights.
         seed: of KIS's draws.
+        placement: who solves for a layer. ``"replicate"``: every rank, from all rows. ``"owner"``: one rank,
+            which sends the preconditioned gradient at every step. ``"auto"``: for each layer and refresh
+            whatever takes fewer bytes (`hpcsngd.optim.placement`); replicated while ``observe`` asks for
+            kernels or errors. With owners, every rank must call `state_dict`, and layers must have their
+            gradients on all ranks alike, as DistributedDataParallel leaves them.
         communicator: does the exchange with other ranks; default: with all of them.
         profile: whether to time the phases (waits for the GPU at each).
         observe: any of ``"rank_analysis"``, ``"grad_norm"``, ``"grad_error"``; see `hpcsngd.optim.records`.
@@ -154,6 +175,7 @@ class HyLo(Preconditioner):
         method: Method = "sngd",
         damping: Schedule | DampingDecay | Mapping[str, float] = 0.1,
         refresh_every: Schedule = 1,
+        stagger: bool = False,
         ratio: float = 1.0,
         low_rank: int | None = None,
         share: float | None = None,
@@ -170,6 +192,7 @@ class HyLo(Preconditioner):
         rescale: Rescale = "none",
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        placement: Placement = "auto",
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
@@ -178,6 +201,8 @@ class HyLo(Preconditioner):
         check_choice("kid_scope", kid_scope, get_args(Scope))
         check_choice("complement", complement, get_args(Complement))
         check_choice("conv_mode", conv_mode, get_args(ConvMode))
+        check_choice("placement", placement, get_args(Placement))
+        check_placement(placement, kid_scope, observe)
         check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
         check_choice("rescale", rescale, get_args(Rescale))
         rule = RankRule(ratio, low_rank, share)
@@ -186,25 +211,29 @@ class HyLo(Preconditioner):
             raise ValueError(f"accumulation_steps={accumulation_steps}: must be at least 1")
         self._method, self._rescale, self._complement = method, rescale, complement
         self._damping_schedule = DampingDecay(**damping) if isinstance(damping, Mapping) else damping
-        self._refresh_every, self._kl_clip = refresh_every, kl_clip
+        self._kl_clip, self._conv_mode = kl_clip, conv_mode
         self._loss_reduction, self._accumulation_steps = loss_reduction, accumulation_steps
         self._compression = Compression(rule, residual, unbiased, kid_scope, seed)
         self._switch = Switch(switch_rule(switch)) if method == "hybrid" else None
         self._step, self._failures, self._decisions_told = 0, 0, 0
         self._progress: tuple[float, float] | None = None
-        self._last_refresh: int | None = None
         self._damping = self._damping_at(0.0)
         self._used: Plain = self._method_now
-        at_least_one_step(refresh_every, 0)
         if kl_clip is not None:
             positive("kl_clip", kl_clip, 0)
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._layers, self.skipped = find_layers(self._model, skip)
         self._observer = Observer(observe)
+        self._calendar = Calendar([x.name for x in self._layers], refresh_every, stagger=stagger)
         self._stopwatch = Stopwatch(profile)
         self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
+        self._placement: Placement = "replicate" if needs_every_kernel(observe) else placement
+        self._refresh_every = refresh_every
+        self._owners = Owners(self._communicator)
+        # Of the layers that are solved here; those solved here for all ranks are stacked by themselves.
         self._curvature: dict[str, SampleCurvature] = {}
+        self._stacks, self._owned_stacks = Stacks(), Stacks()
         self._comparison = Comparison()
         self._kept: tuple[Kept, ...] = ()
         self._record = StepRecord(0, False, self._damping, 0, method=self._used)
@@ -268,10 +297,9 @@ class HyLo(Preconditioner):
         with torch.no_grad(), torch.autocast(self._layers[0].module.weight.device.type, enabled=False):
             if self._capture.enabled:
                 refreshed, fallbacks = self._refresh(sample_scale, grad_scale)
-            products = [self._precondition(layer) for layer in self._layers]
-            self._clip([product for product in products if product is not None])
+            self._clip(self._precondition())
         self._step += 1
-        self._capture.enabled = self._refresh_is_due()
+        self._capture.due = frozenset(self._calendar.due(self._step))
         self._record = self._make_record(refreshed, fallbacks)
 
     def verify(
@@ -308,18 +336,24 @@ class HyLo(Preconditioner):
         return checks
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns step, progress, seed, damping, the switch, and every layer's rows and factors."""
+        """Returns step, progress, seed, damping, the switch, and every layer's rows and factors.
+
+        Every rank must call it: layers with an owner come from there.
+        """
+        layers = self._owners.all_states({name: c.state_dict() for name, c in self._curvature.items()})
         return {
             "format": _STATE_FORMAT,
             "step": self._step,
-            "last_refresh": self._last_refresh,
+            "calendar": self._calendar.state_dict(),
             "progress": self._progress,
             "seed": self._compression.seed,
             "damping": self._damping,
             "method": self._used,
             "failures": self._failures,
             "switch": None if self._switch is None else self._switch.state_dict(),
-            "layers": {name: curvature.state_dict() for name, curvature in self._curvature.items()},
+            "ranks": self._communicator.world_size,
+            "owners": dict(self._owners.ranks),
+            "layers": {layer.name: layers[layer.name] for layer in self._layers if layer.name in layers},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -336,12 +370,20 @@ class HyLo(Preconditioner):
         unknown = sorted(set(state["layers"]) - set(layers))
         if unknown:
             raise ValueError(f"state has layers that are not covered here: {', '.join(unknown)}")
+        # On as many ranks as before, owners go on; on any other number every rank has everything for now.
+        is_alike = state["ranks"] == self._communicator.world_size
+        self._owners.ranks = dict(state["owners"]) if is_alike else {}
         self._curvature = {
-            name: self._load_layer(layers[name], saved) for name, saved in state["layers"].items()
+            name: loaded
+            for name, saved in state["layers"].items()
+            if (loaded := self._load_layer(layers[name], saved))
+            and (name not in self._owners.ranks or self._owners.is_here(name))
         }
+        self._stack()
         self._comparison.clear()
         self._kept = ()
-        self._step, self._last_refresh = state["step"], state["last_refresh"]
+        self._step = state["step"]
+        self._calendar.load_state_dict(state["calendar"])
         self._progress = None if state["progress"] is None else tuple(state["progress"])
         self._compression = replace(self._compression, seed=state["seed"])
         self._damping, self._failures, self._used = state["damping"], state["failures"], state["method"]
@@ -349,7 +391,7 @@ class HyLo(Preconditioner):
             self._switch.load_state_dict(state["switch"], {name: self._like(layers[name]) for name in layers})
             self._decisions_told = len(self._switch.history)
         self._capture.clear()
-        self._capture.enabled = self._refresh_is_due()
+        self._capture.due = frozenset(self._calendar.due(self._step))
         self._record = self._make_record(refreshed=False, fallbacks=())
 
     def diagnostics(self) -> StepRecord:
@@ -359,7 +401,8 @@ class HyLo(Preconditioner):
     def close(self) -> None:
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
         self._capture.close()
-        self._curvature = {}
+        self._curvature, self._owners.ranks = {}, {}
+        self._stack()
         self._comparison.clear()
         self._closed = True
 
@@ -376,6 +419,8 @@ class HyLo(Preconditioner):
         self._check_accumulation(sample_scale)
         with self._stopwatch.phase("capture"):
             local = self._capture.take(partial(self._own_loss_scale, sample_scale, grad_scale))
+        if self._calendar.wants_costs:
+            self._spread_refreshes(local)
         with self._stopwatch.phase("gather"):
             batch = self._compression.gather(
                 self._communicator,
@@ -384,8 +429,13 @@ class HyLo(Preconditioner):
                 step=self._step,
                 damping=damping,
                 everything=self._observer.wants_exact,
+                placer=Placer(
+                    self._placement,
+                    self._communicator.world_size,
+                    at_least_one_step(self._refresh_every, self._step),
+                ),
             )
-        if not batch.sketches and not batch.faults:
+        if not batch.samples and not batch.faults:
             return False, ()
         self._used = self._method_now
         with self._stopwatch.phase("factorise"):
@@ -393,43 +443,77 @@ class HyLo(Preconditioner):
         if self._observer.wants_exact:
             with self._stopwatch.phase("observe"):
                 self._factorise_to_compare(batch, damping)
-        self._damping, self._last_refresh = damping, self._step
+        self._damping = damping
+        self._calendar.refreshed(self._step)
         self._failures += len(faults)
         return True, tuple(self._fall_back(name, reason) for name, reason in faults.items())
 
+    def _spread_refreshes(self, local: Mapping[str, Rows | MisalignedError]) -> None:
+        """Tells the calendar what the layers cost, once there are rows: from the joined batch's sizes."""
+        counts = [len(rows) if isinstance(rows, Rows) else 0 for rows in local.values()]
+        reads = [self._capture.reads.get(name, (0, 0)) for name in local]
+        flat = [number for count, pair in zip(counts, reads, strict=True) for number in (count, *pair)]
+        sums = self._communicator.sum_numbers("stagger", flat)
+        if any(sums[::3]):
+            exact = self._conv_mode == "exact"
+            self._calendar.set_costs(
+                {
+                    layer.name: refresh_cost(layer, *sums[3 * i : 3 * i + 3], exact=exact)
+                    for i, layer in enumerate(self._layers)
+                }
+            )
+
     def _factorise(self, batch: Batch, damping: float) -> dict[str, str]:
         """Replaces the curvature of every layer that has rows; returns where that failed, and why."""
-        built: dict[str, SampleCurvature | None] = {}
-        for name, sketch in batch.sketches.items():
-            built[name] = None
-            if sketch is not None:
-                kernel = sketch.kernel()
-                built[name] = SampleCurvature.build(sketch, kernel, damping, self._complement)
+        sketches = {name: sketch for name, sketch in batch.sketches.items() if sketch is not None}
+        kernels = [sketch.kernel() for sketch in sketches.values()]
+        curvatures = build_all(list(sketches.values()), kernels, damping, self._complement)
+        found = dict(zip(sketches, curvatures, strict=True))
+        # None for a failure here; layers owned elsewhere are their owners' to judge.
+        built = {name: found.get(name) for name in batch.sketches}
+        with self._stopwatch.phase("observe"):
+            for name, kernel in zip(sketches, kernels, strict=True):
                 if built[name] is not None:
-                    with self._stopwatch.phase("observe"):
-                        self._observer.kernel(name, kernel, damping)
+                    self._observer.kernel(name, kernel, damping)
         # The same rows on unlike hardware may fail on one rank only: one rank's failure is everybody's.
-        failed = self._communicator.sum_numbers("factorise", [int(new is None) for new in built.values()])
-        for (name, new), ranks in zip(built.items(), failed, strict=True):
-            if new is not None and not ranks:
-                self._curvature[name] = new
+        failures = [int(name in built and built[name] is None) for name in batch.samples]
+        kept = [len(sketches[name].rows) if name in sketches else 0 for name in batch.owners]
+        sums = self._communicator.sum_numbers("factorise", [*failures, *kept])
+        failed = [name for name, ranks in zip(batch.samples, sums, strict=False) if ranks]
+        for name in batch.samples:
+            if name not in failed:
+                self._replace(name, built.get(name), batch.owners.get(name))
+        self._stack()
+        sizes = {name: len(sketch.rows) for name, sketch in sketches.items()}
+        sizes.update(zip(batch.owners, sums[len(failures) :], strict=True))
         self._kept = tuple(
-            Kept(
-                self._step + 1,
-                name,
-                self._used,
-                self._compression.rule.name,
-                sketch.batch,
-                len(sketch.rows),
-            )
-            for name, sketch in batch.sketches.items()
-            if sketch is not None and self._used != "sngd"
+            Kept(self._step + 1, name, self._used, self._compression.rule.name, batch.samples[name], size)
+            for name, size in sizes.items()
+            if size and self._used != "sngd"
         )
-        return {
-            name: "kernel is not positive definite"
-            for name, ranks in zip(built, failed, strict=True)
-            if ranks
+        return dict.fromkeys(failed, "kernel is not positive definite")
+
+    def _replace(self, name: str, new: SampleCurvature | None, owner: int | None) -> None:
+        """Takes over a layer's new curvature; None where its owner has it."""
+        self._owners.assign(name, owner)
+        if new is None:
+            self._curvature.pop(name, None)
+        else:
+            self._curvature[name] = new
+
+    def _stack(self) -> None:
+        """Stacks the curvatures, always in the order of the layers."""
+        names = [layer.name for layer in self._layers if layer.name in self._curvature]
+        owned = [name for name in names if self._owners.is_here(name)]
+        shared = [name for name in names if name not in owned]
+        self._curvature = {
+            **self._stacks.update({name: self._curvature[name] for name in shared}),
+            **self._owned_stacks.update({name: self._curvature[name] for name in owned}),
         }
+
+    def _is_covered(self, name: str) -> bool:
+        """Returns whether some rank has a curvature of the layer."""
+        return name in self._curvature or name in self._owners.ranks
 
     def _factorise_to_compare(self, batch: Batch, damping: float) -> None:
         """Keeps the exact curvature of the same batch, and that of the other of KID and KIS."""
@@ -445,38 +529,59 @@ class HyLo(Preconditioner):
 
     def _fall_back(self, name: str, reason: str) -> Fallback:
         if dist.rank() == 0:
-            instead = "last good curvature" if name in self._curvature else "plain gradient"
+            instead = "last good curvature" if self._is_covered(name) else "plain gradient"
             logger.warning("step %d, layer %s: %s; using its %s", self._step + 1, name, reason, instead)
         return Fallback(self._step + 1, name, reason)
 
-    def _precondition(self, layer: Layer) -> Tensor | None:
-        """Overwrites a layer's gradient if it has one and a curvature; returns v . g if kl_clip wants it."""
-        gradients = _gradients(layer)
-        if not gradients:
-            return None
-        curvature, product = self._curvature.get(layer.name), None
+    def _precondition(self) -> list[Tensor]:
+        """Overwrites the gradients of layers that have a curvature; returns v . g where kl_clip wants it."""
+        gradients = {layer: found for layer in self._layers if (found := _gradients(layer))}
+        products = []
         with self._stopwatch.phase("precondition"):
-            grad = layer.to_matrix(gradients).to(self._capture.rows_dtype(layer))
+            grads = {
+                layer.name: layer.to_matrix(found).to(self._capture.rows_dtype(layer))
+                for layer, found in gradients.items()
+            }
             if self._switch is not None:
-                self._switch.add(layer.name, grad)
-            result = grad if curvature is None else curvature.solve(grad)
-            if curvature is not None:
-                rescaled = self._rescaled(result, grad, curvature.damping)
-                for gradient, piece in zip(gradients, layer.from_matrix(rescaled), strict=True):
-                    gradient.copy_(piece)
-                product = None if self._kl_clip is None else (rescaled * grad).sum(dtype=torch.float64)
+                for name, grad in grads.items():
+                    self._switch.add(name, grad)
+            solved = self._stacks.solve(grads)
+            rescaled: dict[str, Tensor] = {}
+            for group in solved:
+                matrices = self._rescaled(group)
+                rescaled.update(zip(group.names, matrices, strict=True))
+                if self._kl_clip is not None:
+                    products.append((matrices * group.grads).sum(dtype=torch.float64))
+            sent = self._from_owners(grads)
+            rescaled.update(sent)
+            if self._kl_clip is not None:
+                products += [(sent[name] * grads[name]).sum(dtype=torch.float64) for name in sent]
+            for layer, found in gradients.items():
+                if layer.name in rescaled:
+                    for gradient, piece in zip(found, layer.from_matrix(rescaled[layer.name]), strict=True):
+                        gradient.copy_(piece)
         with self._stopwatch.phase("observe"):
-            self._observe(layer.name, grad, result)
-        return product
+            self._observe(grads, solved)
+        return products
 
-    def _observe(self, layer: str, grad: Tensor, result: Tensor) -> None:
-        self._observer.gradient(layer, grad)
-        exact = self._comparison.exact(layer, grad)
-        if exact is None:
-            return
-        self._observer.error(layer, self._used, result, exact)
-        for method, other in self._comparison.results(layer, grad):
-            self._observer.error(layer, method, other, exact)
+    def _from_owners(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the preconditioned gradients of the layers that have an owner."""
+        mine: dict[str, Tensor] = {}
+        for group in self._owned_stacks.solve(grads):
+            mine.update(zip(group.names, self._rescaled(group), strict=True))
+        return self._owners.exchange(mine, grads)
+
+    def _observe(self, grads: Mapping[str, Tensor], solved: Sequence[Solved]) -> None:
+        results = dict(grads)
+        for group in solved:
+            results.update(zip(group.names, group.results, strict=True))
+        for name, grad in grads.items():
+            self._observer.gradient(name, grad)
+            exact = self._comparison.exact(name, grad)
+            if exact is not None:
+                self._observer.error(name, self._used, results[name], exact)
+                for method, other in self._comparison.results(name, grad):
+                    self._observer.error(name, method, other, exact)
 
     def _clip(self, products: Sequence[Tensor]) -> None:
         """Multiplies every preconditioned gradient by ``min(1, sqrt(kl_clip / (lr^2 sum v . g)))``."""
@@ -487,16 +592,18 @@ class HyLo(Preconditioner):
             size = lr**2 * torch.stack(list(products)).sum()
             factor = (limit / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_max(1)
             for layer in self._layers:
-                if layer.name in self._curvature:
+                if self._is_covered(layer.name):
                     for gradient in _gradients(layer):
                         gradient.mul_(factor)
 
-    def _rescaled(self, result: Tensor, grad: Tensor, damping: float) -> Tensor:
+    def _rescaled(self, solved: Solved) -> Tensor:
+        result = solved.results
         if self._rescale == "damping":
-            return result * damping
+            return result * solved.damping
         if self._rescale == "norm":
-            ratio: Tensor = grad.norm() / result.norm().clamp_min(torch.finfo(result.dtype).tiny)
-            return result * ratio
+            norms = torch.linalg.vector_norm(result, dim=(1, 2), keepdim=True)
+            plain = torch.linalg.vector_norm(solved.grads, dim=(1, 2), keepdim=True)
+            result = result * (plain / norms.clamp_min(torch.finfo(result.dtype).tiny))
         return result
 
     def _damping_at(self, epoch: float | None) -> float:
@@ -533,11 +640,6 @@ class HyLo(Preconditioner):
         ):
             self._told_accumulation = True
             logger.warning("captured %d micro-batches, but accumulation_steps=%d", seen, announced)
-
-    def _refresh_is_due(self) -> bool:
-        if self._last_refresh is None:
-            return True
-        return self._step - self._last_refresh >= at_least_one_step(self._refresh_every, self._step)
 
     def _like(self, layer: Layer) -> Tensor:
         """Returns an empty tensor on the device and in the dtype of the layer's rows."""

@@ -76,13 +76,17 @@ def interpolate(
     rest = is_rest.nonzero()[:, 0]
     # T = R_SS^-1 R_S,rest, its rows put from the order of the pivots into ascending order.
     t = torch.linalg.solve_triangular(factor[:, pivots], factor[:, rest], upper=True)[pivots.argsort()]
-    lacking = kernel[rest][:, rest] - factor[:, rest].T @ factor[:, rest]
-    gram = _gram_with_residual(t, lacking / samples, damping) if residual else t @ t.T
+    explained = factor[:, rest]
+    gram: Tensor | None = t @ t.T
+    if residual:
+        lacking = kernel[rest][:, rest] - explained.T @ explained
+        gram = _gram_with_residual(t, lacking / samples, damping)
     identity = torch.eye(len(pivots), dtype=kernel.dtype, device=kernel.device)
     factorized = None if gram is None else jittered_cholesky(identity + gram)
     if factorized is None:
         return None
-    return Interpolation(pivots.sort().values, factorized[0], lacking.trace().clamp_min(0))
+    left_out = kernel.diagonal()[rest].sum() - explained.square().sum()
+    return Interpolation(pivots.sort().values, factorized[0], left_out.clamp_min(0))
 
 
 def _gram_with_residual(t: Tensor, residual: Tensor, damping: float) -> Tensor | None:

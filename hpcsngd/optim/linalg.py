@@ -10,6 +10,8 @@ Source: HyLo (Mu et al., SC 2022), the SNGD preconditioner; the identity is Sher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,24 @@ def jittered_cholesky(matrix: Tensor) -> tuple[Tensor, float] | None:
             return factor, jitter
         jitter *= 10
     return None
+
+
+def jittered_cholesky_each(matrices: Sequence[Tensor]) -> list[tuple[Tensor, float] | None]:
+    """Returns `jittered_cholesky` of every matrix; those of equal size are factorized in one batch.
+
+    A matrix that does not succeed at once is factorized again by itself, with a jitter of its own. One number
+    per matrix leaves the device, for all of a size together.
+    """
+    alike: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        alike.setdefault((len(matrix), matrix.dtype, matrix.device), []).append(index)
+    found: list[tuple[Tensor, float] | None] = [None] * len(matrices)
+    for members in alike.values():
+        factors, info = torch.linalg.cholesky_ex(torch.stack([matrices[index] for index in members]))
+        succeeded = (info == 0) & factors.diagonal(dim1=1, dim2=2).isfinite().all(1)
+        for index, factor, is_good in zip(members, factors, succeeded.tolist(), strict=True):
+            found[index] = (factor, 0.0) if is_good else jittered_cholesky(matrices[index])
+    return found
 
 
 def pivoted_cholesky(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,11 @@ class Rows(ABC):
         return torch.stack(extremes).isfinite().all()
 
     @property
+    def numbers(self) -> int:
+        """Returns how many numbers one sample consists of."""
+        return sum(tensor.shape[1:].numel() for tensor in self.tensors)
+
+    @property
     def size_bytes(self) -> int:
         """Returns the bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpcsngd.optim.curvature import SampleCurvature, Sketch
-from hpcsngd.optim.linalg import jittered_cholesky, spectrum_summary
+from hpcsngd.optim.linalg import jittered_cholesky, jittered_cholesky_each, spectrum_summary
 from hpcsngd.optim.rows import FactoredRows, Rows
 from tests.optim import oracle
 
@@ -112,3 +112,36 @@ def test_cholesky_refuses_what_is_not_positive(matrix: list[list[float]]) -> Non
 )
 def test_spectrum_summary(values: list[float], share: float, expected: tuple[int, float]) -> None:
     assert spectrum_summary(torch.tensor(values, dtype=torch.float64), share) == expected
+
+
+def test_a_batch_is_factorized_like_its_matrices() -> None:
+    """Bit for bit; singular, indefinite and broken matrices do not touch their neighbors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gram(n: int, rank: int) -> torch.Tensor:
+        rows = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+        return rows @ rows.T
+
+    matrices = [
+        gram(6, 8),
+        gram(6, 2),
+        torch.full((6, 6), torch.nan, dtype=torch.float64),
+        gram(4, 4),
+        -gram(6, 6),
+        gram(6, 6),
+        gram(6, 8).float(),
+    ]
+    found = jittered_cholesky_each(matrices)
+    expected = [jittered_cholesky(matrix) for matrix in matrices]
+    assert [index for index, result in enumerate(found) if result is None] == [2, 4]
+    jitters = [result[1] for result in found if result is not None]
+    assert jitters[1] > 0
+    assert jitters[0] == jitters[2] == 0
+    for result, alone in zip(found, expected, strict=True):
+        if result is not None:
+            assert torch.equal(result[0], alone[0])
+            assert result[1] == alone[1]
+
+
+def test_nothing_to_factorize() -> None:
+    assert jittered_cholesky_each([]) == []

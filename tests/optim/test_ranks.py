@@ -20,6 +20,7 @@ TOLERANCE = 1e-9
 OPTIONS: dict[str, dict[str, Any]] = {
     "sngd": {"damping": 0.05},
     "kis": {"damping": 0.05, "method": "kis", "ratio": 0.4, "seed": 3},
+    "staggered": {"damping": 0.05, "refresh_every": 2, "stagger": True},
     "exact": {"damping": 0.05, "conv_mode": "exact"},
     "exact kis": {"damping": 0.05, "conv_mode": "exact", "method": "kis", "ratio": 0.4, "seed": 3},
     "unbiased": {"damping": 0.05, "method": "kis", "low_rank": 5, "seed": 3, "unbiased": True},
@@ -44,6 +45,7 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float = TOLERAN
         ("conv", [6, 6], "kis"),
         ("conv", [3, 7, 2], "sngd"),
         ("conv", [5, 0, 6, 1], "kis"),
+        ("conv", [3, 7, 2], "staggered"),
         ("conv", [3, 7, 2], "exact"),
         ("conv", [5, 0, 6, 1], "exact kis"),
         ("tokens", [3, 7], "exact"),
@@ -77,8 +79,9 @@ def test_sequences_of_other_lengths_on_every_rank(lengths: list[int], options: d
 
 def test_bytes_of_exact_rows() -> None:
     """Layers of 4 x 6 and 3 x 5 entries: one token is a pair of vectors, two are already a matrix."""
+    options = {"conv_mode": "exact", "placement": "replicate"}
     for length, width in {1: 6 + 4, 2: 6 * 4, 9: 6 * 4}.items():
-        results = run_on_ranks(training.step_on_sequences, 2, [length, length], {"conv_mode": "exact"})
+        results = run_on_ranks(training.step_on_sequences, 2, [length, length], options)
         counted = {(item.phase, item.op): item.size_bytes for item in results[0]["record"].communication}
         assert counted["gather", "all_gather"] == 2 * 16 + 3 * (width + 5 + 3) * 8
 
@@ -172,7 +175,12 @@ def test_bytes_are_counted() -> None:
         records = [
             run["records"]
             for run in run_on_ranks(
-                training.train, 3, "mlp", sizes, 2, {**OPTIONS[method], "refresh_every": 2}
+                training.train,
+                3,
+                "mlp",
+                sizes,
+                2,
+                {**OPTIONS[method], "refresh_every": 2, "placement": "replicate"},
             )
         ]
         refresh, plain = records[0]

@@ -112,7 +112,7 @@ def test_saved_state_does_not_change_afterwards() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "hylo/0"}, "state has format 'hylo/0'; this is 'hylo/2'"),
+        ({"format": "hylo/0"}, "state has format 'hylo/0'; this is 'hylo/3'"),
         ({"layers": {"9": {}}}, "state has layers that are not covered here: 9"),
     ],
 )

@@ -113,15 +113,16 @@ def train_with_ddp(steps: int, accumulation_steps: int) -> list[Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
-def train_through_a_fault(steps: int, fault: str) -> dict[str, Any]:
+def train_through_a_fault(steps: int, fault: str, placement: str = "replicate") -> dict[str, Any]:
     """Trains on all ranks; in the second step something goes wrong on the last rank only.
 
     Args:
         steps: after this many the run ends.
         fault: ``"rows"``, a sample of layer 2 is not finite, or ``"kernel"``, no kernel can be factorized.
+        placement: of HyLo.
     """
     model = models.mlp()
-    hylo = HyLo(model, damping=0.05)
+    hylo = HyLo(model, damping=0.05, placement=placement)
     gradients = []
     for step in range(steps):
         x, target = oracle.batch(models.mlp(), (6, 5), seed=step + 100 * dist.rank())
@@ -131,7 +132,9 @@ def train_through_a_fault(steps: int, fault: str) -> dict[str, Any]:
         if faulty and fault == "rows":
             hylo._capture._calls["2"][0][0].output_sums[0, 0] = float("nan")
         average_gradients(model)
-        failing = mock.patch("hpcsngd.optim.curvature.jittered_cholesky", return_value=None)
+        failing = mock.patch(
+            "hpcsngd.optim.curvature.jittered_cholesky_each", lambda matrices: [None] * len(matrices)
+        )
         with failing if faulty and fault == "kernel" else nullcontext():
             hylo.step()
         gradients.append([p.grad.clone() for p in model.parameters()])

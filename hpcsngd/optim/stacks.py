@@ -1,0 +1,167 @@
+"""Curvatures of equal shape stacked, so that a step solves them together.
+
+A network repeats its layers: the 32 of a ResNet-32 have 8 shapes. A solve is a dozen small operations, whose
+overhead on either kind of device is then paid 8 times rather than 32 times. Which curvatures are stacked
+depends on what they are, never on how they came about, so a resumed run stacks alike and stays bitwise equal.
+
+Curvatures in a stack are views of it: their rows and factors are in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcsngd.optim.curvature import SampleCurvature
+from hpcsngd.optim.rows import FactoredRows
+
+#: Curvatures with more numbers in their rows are not stacked: memory bounds them, not overhead.
+MOST_NUMBERS = 2**18
+
+
+class Stack:
+    """Curvatures with equal shapes and numbers.
+
+    Args:
+        curvatures: at least one, with equal and not None `stack_key`.
+    """
+
+    def __init__(self, curvatures: Sequence[SampleCurvature]) -> None:
+        first = curvatures[0]
+        self._samples, self._damping = first.samples, first.damping
+        rows = [curvature.rows for curvature in curvatures]
+        self._a, self._g = (torch.stack(tensors) for tensors in zip(*(r.tensors for r in rows), strict=True))
+        self._factor = torch.stack([curvature.factor for curvature in curvatures])
+        self._mixing = _stacked([curvature.mixing for curvature in curvatures])
+        self._span = _stacked([curvature.span for curvature in curvatures])
+        scales = [curvature.scale or 0.0 for curvature in curvatures]
+        self._scale = self._factor.new_tensor(scales)[:, None, None]
+        self.members = [self._member(index, curvature) for index, curvature in enumerate(curvatures)]
+
+    def solve(self, grads: Tensor) -> Tensor:
+        """Returns `SampleCurvature.solve` of every member, shape ``(members, d_out, d_in)``."""
+        t = self._project(grads)
+        mixed = t if self._mixing is None else self._mixing.mT @ t
+        y = torch.cholesky_solve(mixed, self._factor)
+        y = y if self._mixing is None else self._mixing @ y
+        if self._span is None:
+            return (grads - self._combine(y) / self._samples) / self._damping
+        inside = torch.cholesky_solve(t, self._span)
+        y = y / self._damping + (self._scale - 1 / self._damping) * inside
+        return self._scale * grads - self._combine(y) / self._samples
+
+    def _project(self, grads: Tensor) -> Tensor:
+        """Returns `FactoredRows.project` of every member, shape ``(members, n, 1)``."""
+        a, g = _by_group(self._a), _by_group(self._g)
+        blocks = grads.reshape(len(grads), a.shape[1], -1, grads.shape[2])
+        # Both orders are the same product; the shorter side leaves fewer numbers to multiply and sum.
+        products = (g @ blocks) * a if a.shape[3] < g.shape[3] else (a @ blocks.mT) * g
+        return products.sum((1, 3)).reshape(*self._a.shape[:2], -1).sum(2, keepdim=True)
+
+    def _combine(self, y: Tensor) -> Tensor:
+        """Returns `FactoredRows.combine` of every member."""
+        weighted = self._g * y[:, :, :, None, None]
+        return (_by_group(weighted).mT @ _by_group(self._a)).flatten(1, 2)
+
+    def _member(self, index: int, curvature: SampleCurvature) -> SampleCurvature:
+        return replace(
+            curvature,
+            rows=curvature.rows.replaced([self._a[index], self._g[index]]),
+            factor=self._factor[index],
+            mixing=None if self._mixing is None else self._mixing[index],
+            span=None if self._span is None else self._span[index],
+        )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Layers that were solved together.
+
+    Attributes:
+        names: of the layers.
+        grads: what was solved, shape ``(layers, d_out, d_in)``.
+        results: the same shape.
+        damping: that all of them have.
+    """
+
+    names: list[str]
+    grads: Tensor
+    results: Tensor
+    damping: float
+
+
+class Stacks:
+    """Every layer's curvature, stacked where that is possible."""
+
+    def __init__(self) -> None:
+        self._stacks: list[tuple[list[str], Stack]] = []
+        self._single: dict[str, SampleCurvature] = {}
+
+    def update(self, curvatures: Mapping[str, SampleCurvature]) -> dict[str, SampleCurvature]:
+        """Stacks anew what has changed; returns the curvatures, those in stacks as views of them.
+
+        Args:
+            curvatures: by layer, in the order in which they are stacked; all that there are.
+        """
+        groups: dict[Any, list[str]] = {}
+        for name, curvature in curvatures.items():
+            groups.setdefault(stack_key(curvature) or name, []).append(name)
+        old = {tuple(names): stack for names, stack in self._stacks}
+        self._stacks, self._single = [], {}
+        result = dict(curvatures)
+        for names in groups.values():
+            members = [curvatures[name] for name in names]
+            if len(members) == 1:
+                self._single[names[0]] = members[0]
+                continue
+            stack = old.get(tuple(names))
+            if stack is None or any(a is not b for a, b in zip(stack.members, members, strict=True)):
+                stack = Stack(members)
+            self._stacks.append((names, stack))
+            result.update(zip(names, stack.members, strict=True))
+        return result
+
+    def solve(self, grads: Mapping[str, Tensor]) -> list[Solved]:
+        """Returns the preconditioned gradients of all layers that have a curvature.
+
+        Args:
+            grads: matrices ``(d_out, d_in)`` by layer.
+        """
+        solved = []
+        single = dict(self._single)
+        for names, stack in self._stacks:
+            if all(name in grads for name in names):
+                stacked = torch.stack([grads[name] for name in names])
+                solved.append(Solved(names, stacked, stack.solve(stacked), stack.members[0].damping))
+            else:
+                single.update(zip(names, stack.members, strict=True))
+        for name, curvature in single.items():
+            if name in grads:
+                result = curvature.solve(grads[name])
+                solved.append(Solved([name], grads[name][None], result[None], curvature.damping))
+        return solved
+
+
+def stack_key(curvature: SampleCurvature) -> tuple[Any, ...] | None:
+    """Returns what two curvatures must share to be stacked; None for one that is solved by itself."""
+    rows = curvature.rows
+    if not isinstance(rows, FactoredRows) or not 0 < rows.a.numel() + rows.g.numel() <= MOST_NUMBERS:
+        return None
+    has = (curvature.mixing is not None, curvature.span is not None)
+    numbers = (curvature.samples, curvature.damping, *has)
+    return (rows.a.shape, rows.g.shape, rows.a.dtype, rows.a.device, *numbers)
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns the tensors stacked, or None if they are None."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
+
+
+def _by_group(tensor: Tensor) -> Tensor:
+    """Returns ``(members, groups, n * terms, d)`` of ``(members, n, groups, terms, d)``."""
+    return tensor.transpose(1, 2).flatten(2, 3)
