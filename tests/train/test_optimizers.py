@@ -120,7 +120,7 @@ def test_the_preconditioner_measures_what_the_diagnostics_say() -> None:
     preconditioner.step()
     record = preconditioner.diagnostics()
     assert {item.layer for item in record.rank_analysis} == {"0", "2"}
-    assert {item.method for item in record.grad_error} == {"kis"}
+    assert {item.method for item in record.grad_error} == {"kid", "kis"}
     assert {"capture", "factorise", "precondition"} <= {item.phase for item in record.phases}
 
 
