@@ -91,7 +91,10 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Returns tensors, numbers and strings (``weights_only=True`` loads them), alike on every rank."""
+        """Returns tensors, numbers and strings (``weights_only=True`` loads them), alike on every rank.
+
+        Every rank must call it: what only some have is exchanged.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ or ``d_in d_out`` as matrices (`hpcsngd.optim.rows`); ``d_in + d_out`` for a pla
     KID, scope "joined"       n_p d                     as SNGD; the result does not depend on the ranks
     KID, scope "local"        r_p d + r_p^2 + 1         each rank decides on its own samples
 
+For a layer with an owner (`hpcsngd.optim.placement`) the owner's rows do not travel.
+
 Scope ``"local"``: rank p interpolates its own samples from ``r_p`` of them, so that G is block diagonal; N,
 the kernel of all kept rows and everything after are global. It is the same as ``"joined"`` on one rank, exact
 at full rank, and less accurate in between, because samples of different ranks do not stand for each other.

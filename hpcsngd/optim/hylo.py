@@ -4,10 +4,10 @@ Source: Mu, Soori, Can, Gurbuzbalaban, Mehri Dehnavi, "HyLo: A Hybrid Low-Rank N
 Method", SC 2022. The formulas are in `hpcsngd.optim.linalg`, `curvature` and `kid`; what is captured in
 `hpcsngd.optim.capture`; which rows travel, and how many bytes, in `hpcsngd.optim.compress`.
 
-Ranks. Every rank gathers the (kept) rows of all ranks, because it needs them to precondition at every step,
-and then factorizes every layer's r x r kernel itself. Sending a kernel from an owner costs 4 r^2 bytes per
-layer against r^3/3 floating point operations for doing it again: at 10 GB/s and 10 TFLOP/s the copy only pays
-off above some ten thousand rows.
+Ranks. For each layer, either every rank gathers the rows and solves for itself, or one rank does and sends
+the preconditioned gradient at every step: `hpcsngd.optim.placement` states the bytes of both and chooses.
+Kernels are never sent: to factorize again takes no bytes, and time only above some ten thousand rows.
+Layers of equal shape are solved together (`hpcsngd.optim.stacks`).
 """
 
 from __future__ import annotations
