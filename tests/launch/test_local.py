@@ -261,8 +261,8 @@ def test_a_job_survives_ctrl_c_and_the_end_of_its_submitter(configure: Configure
         from hpcsngd.launch import submit
         resolved = resolve({str(tmp_path / "testsite.yaml")!r}, {str(tmp_path / "standin.yaml")!r})
         submitted = submit.submit(resolved, argv=["x"], worker={STANDIN!r})
-        print(submitted.run.path, flush=True)
         try:
+            print(submitted.run.path, flush=True)
             submit.wait(submitted.run, poll_s=0.1)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
