@@ -25,6 +25,9 @@ def collectives() -> dict[str, object]:
         "broadcast": dist.broadcast(torch.tensor([rank, rank]), src=size - 1),
         "rows": dist.all_gather_rows(rows),
         "rows_known": dist.all_gather_rows(rows, sizes=range(size)),
+        "exchanged": dist.all_to_all(
+            [torch.full((rank + 1,), 10.0 * rank + to) for to in range(size)], range(1, size + 1)
+        ),
         "object": dist.broadcast_object({"from": rank} if rank == size - 1 else None, src=size - 1),
         "objects": dist.gather_objects(f"rank {rank}"),
     }
@@ -41,6 +44,9 @@ def check(result: dict[str, object], rank: int, size: int) -> None:
         assert [part.shape for part in result[key]] == [(source, 2) for source in range(size)]
         for source, part in enumerate(result[key]):
             torch.testing.assert_close(part, torch.arange(source * 2.0).reshape(source, 2) + 10 * source)
+    assert [part.tolist() for part in result["exchanged"]] == [
+        [10.0 * source + rank] * (source + 1) for source in range(size)
+    ]
     assert result["object"] == {"from": size - 1}
     assert result["objects"] == ([f"rank {r}" for r in range(size)] if rank == 0 else None)
 
