@@ -22,6 +22,14 @@ ROOT = Path(__file__).parents[1]
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "analysis")])
 QUICK = ("--site", "local", "--exp", "digits-hylo", "--set", "data.train_limit=256", "--set", "epochs=2")
 
+# As a terminal starts it: tests in the background of a shell inherit an ignored SIGINT.
+FOREGROUND = """
+import signal
+from hpcsngd.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
@@ -108,7 +116,7 @@ def test_status_and_report_read_it_back(finished) -> None:
 def test_interrupted_wait_leaves_the_run_alone(tmp_path: Path) -> None:
     waiting = subprocess.Popen(
         # long enough that it cannot end between its first row and the signal
-        [sys.executable, "-m", "hpcsngd", "submit", *QUICK, "--set", "epochs=60", "--wait"],
+        [sys.executable, "-c", FOREGROUND, "submit", *QUICK, "--set", "epochs=60", "--wait"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -256,9 +256,11 @@ def test_a_killed_job_is_lost_and_never_a_success(configure: Configure) -> None:
 def test_a_job_survives_ctrl_c_and_the_end_of_its_submitter(configure: Configure, tmp_path: Path) -> None:
     configure(site(launch=PER_RANK, env={"STANDIN": "stop"}))  # writes the files
     script = textwrap.dedent(f"""
-        import pathlib
+        import signal
         from hpcsngd.config.resolve import resolve
         from hpcsngd.launch import submit
+        # tests in the background of a shell inherit an ignored SIGINT
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         resolved = resolve({str(tmp_path / "testsite.yaml")!r}, {str(tmp_path / "standin.yaml")!r})
         submitted = submit.submit(resolved, argv=["x"], worker={STANDIN!r})
         try:
