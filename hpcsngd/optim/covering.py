@@ -47,6 +47,23 @@ def find_layers(model: nn.Module, skip: Sequence[Skip] = ()) -> tuple[list[Layer
     return layers, skipped
 
 
+def matching_modules(model: nn.Module, skip: Sequence[Skip]) -> dict[str, str]:
+    """Returns for every module inside what ``skip`` names, or named itself, the entry that matched.
+
+    Raises:
+        ValueError: an entry matches no module.
+    """
+    modules = dict(model.named_modules())
+    _check_skip(skip, modules)
+    found = {}
+    for name in modules:
+        lineage = [(part, modules[part]) for part in _lineage(name)]
+        matching = [_shown(entry) for entry in skip if any(_matches(entry, *item) for item in lineage)]
+        if matching:
+            found[name] = matching[0]
+    return found
+
+
 def _check_skip(skip: Sequence[Skip], modules: Mapping[str, nn.Module]) -> None:
     for entry in skip:
         if not any(_matches(entry, name, module) for name, module in modules.items()):
