@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hpcsngd.optim.checks import check_choice
 from hpcsngd.optim.covering import Skip
-from hpcsngd.optim.flat import FlatGradients
-from hpcsngd.optim.stored import EntryFormat, Store, make_store
+from hpcsngd.optim.stored import EntryFormat, StoreRule
 from hpcsngd.optim.topk import MAX_BLOCK, Scope
 from hpcsngd.optim.window import inverse_root
 from hpcsngd.optim.windowed import Clip, Parameters, Windowed
@@ -88,24 +87,11 @@ class GGT(Windowed):
         if not eps > 0:
             raise ValueError(f"eps={eps}: must be positive")
 
-        def make(flat: FlatGradients, number: torch.dtype) -> Store:
-            return make_store(
-                storage,
-                num_grads,
-                flat.spans,
-                dtype=number,
-                device=flat.device,
-                density=density,
-                entries=entries,
-                scope=scope,
-                block_size=block_size,
-                feedback=feedback,
-            )
-
+        rule = StoreRule(storage, density, entries, scope, block_size, feedback)
         super().__init__(
             parameters,
             num_grads,
-            make,
+            rule,
             dtype=dtype,
             skip=skip,
             scale=1.0,
@@ -135,18 +121,19 @@ class GGT(Windowed):
             found = inverse_root(self._ring.gram, weights, self._eps, self._quotient())
         if found is None:
             return None
-        with self._stopwatch.phase("precondition"):
-            return self._store.history.combine(found)
+        return self._combine(found)
 
     def _quotient(self) -> Tensor:
         if self._beta1 == 0:
             return self._ring.unit()
         return (1 - self._beta1) * (self._beta1 / self._beta2) ** self._ring.ages().double()
 
-    def _residual(self, result: Tensor, right_side: Tensor) -> tuple[float, float]:
+    def _checked(self, newest: Tensor) -> tuple[float, float] | None:
         # From the singular values of the weighted window itself: no Gram matrix, no eigenvalues squared.
-        rows = [self._store.history.row(slot).double() for slot in range(self._ring.count)]
-        window = torch.stack(rows)
+        result = self._direction(newest)
+        if result is None:
+            return None
+        window = torch.stack([self._row(slot).double() for slot in range(self._ring.count)])
         x, u = self._mean() @ window, result.double()
         _, values, basis = torch.linalg.svd(self._weights()[:, None] * window, full_matrices=False)
         is_used = values > len(values) * torch.finfo(values.dtype).eps * values[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,15 @@ from hpcsngd.optim.layers import Layer
 Rescale = Literal["none", "damping", "norm"]
 
 
-def layer_gradients(layer: Layer) -> list[Tensor]:
+class HasParameters(Protocol):
+    """A covered layer of any method."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Returns the parameters that are preconditioned."""
+
+
+def layer_gradients(layer: HasParameters) -> list[Tensor]:
     """Returns the gradients of all the layer's parameters, or none of them."""
     gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
     return gradients if len(gradients) == len(layer.parameters) else []
@@ -90,7 +98,7 @@ class KlClip:
         if self.enabled:
             self._products.append((results * grads).sum(dtype=torch.float64))
 
-    def apply(self, layers: Iterable[Layer], lr: float | None, step: int) -> None:
+    def apply(self, layers: Iterable[HasParameters], lr: float | None, step: int) -> None:
         """Bounds the step of all layers together and forgets what was added.
 
         Args:

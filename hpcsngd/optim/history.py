@@ -13,8 +13,7 @@ entry, plus ``4 d``; low rank ``4 m rank (n_1 + n_2)`` per ``n_1 x n_2`` tensor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,24 +52,6 @@ class History(ABC):
     def memory_bytes(self) -> int:
         """Returns the bytes stored."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns copies of everything stored."""
-        return {name: tensor.clone() for name, tensor in self.tensors().items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state of `state_dict`.
-
-        Raises:
-            ValueError: it has other tensors or shapes.
-        """
-        own = self.tensors()
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        if found != wanted:
-            raise ValueError(f"the stored gradients have shapes {found}; this model has {wanted}")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
 
 
 class DenseHistory(History):
@@ -111,15 +92,15 @@ class DenseHistory(History):
 class SparseHistory(History):
     """Chosen entries of gradients: ``m k`` values and positions.
 
-    Positions are absolute as 32-bit integers, or relative to the start of their block as 16-bit ones
-    (`hpcsngd.optim.topk`): 8, 6 or, with bfloat16 values, 4 bytes per entry. EFCP's format takes 12.
+    Positions are relative to the start of their block (`hpcsngd.optim.topk`), as integers of 32 or 16 bits:
+    8, 6 or, with bfloat16 values, 4 bytes per entry. EFCP's format takes 12.
 
     Args:
         capacity: m, the number of slots.
         size: d.
         offsets: start of each kept entry's block, int32, shape ``(k,)``.
         value_dtype: of the values.
-        is_short: whether positions are 16-bit and relative.
+        is_short: whether positions have 16 bits.
         dtype: that products are computed in.
     """
 
@@ -136,7 +117,7 @@ class SparseHistory(History):
         self.capacity = capacity
         self._size = size
         self._dtype = dtype
-        self._offsets = offsets if is_short else None
+        self._offsets = offsets
         shape, device = (capacity, len(offsets)), offsets.device
         self._values = torch.zeros(shape, dtype=value_dtype, device=device)
         index_dtype = torch.int16 if is_short else torch.int32
@@ -145,8 +126,7 @@ class SparseHistory(History):
     def write(self, slot: int, values: Tensor, positions: Tensor) -> None:
         """Stores the chosen entries of a gradient; positions are absolute."""
         self._values[slot] = values
-        inside = positions if self._offsets is None else positions - self._offsets
-        self._positions[slot] = inside.to(self._positions.dtype)
+        self._positions[slot] = (positions - self._offsets).to(self._positions.dtype)
 
     def products(self, vector: Tensor, count: int) -> Tensor:
         """Returns ``G x``."""
@@ -187,8 +167,7 @@ class SparseHistory(History):
         return [(self._values[part].to(self._dtype), self._widened(part)) for part in slices]
 
     def _widened(self, rows: slice) -> Tensor:
-        positions = self._positions[rows]
-        return positions if self._offsets is None else positions.to(torch.int32) + self._offsets
+        return self._positions[rows].to(torch.int32) + self._offsets
 
 
 class LowRankHistory(History):
@@ -210,7 +189,7 @@ class LowRankHistory(History):
         device: torch.device,
     ) -> None:
         self.capacity = capacity
-        empty = torch.zeros(0, dtype=dtype, device=device)
+        empty = self._empty = torch.zeros(0, dtype=dtype, device=device)
         self._left = [empty.new_zeros(capacity, n1, rank) for n1, _, rank in shapes]
         self._right = [empty.new_zeros(capacity, n2, rank) for _, n2, rank in shapes]
 
@@ -228,7 +207,7 @@ class LowRankHistory(History):
 
     def inner(self, slot: int, count: int) -> Tensor:
         """Returns ``<P_i Q_i^T, P_j Q_j^T> = sum((P_i^T P_j) * (Q_i^T Q_j))``, summed over tensors."""
-        total = self._left[0].new_zeros(count)
+        total = self._empty.new_zeros(count)
         for left, right in self._pairs():
             p = torch.matmul(left[:count].mT, left[slot])
             q = torch.matmul(right[:count].mT, right[slot])
@@ -242,10 +221,10 @@ class LowRankHistory(History):
             weighted = left[:count] * coefficients.to(left)[:, None, None]
             rows = weighted.permute(1, 0, 2).flatten(1)
             parts.append((rows @ right[:count].permute(0, 2, 1).flatten(0, 1)).reshape(-1))
-        return torch.cat(parts)
+        return torch.cat([self._empty, *parts])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the factors, by tensor."""
+        """Returns the factors, by place of the tensor."""
         left = {f"left.{index}": tensor for index, tensor in enumerate(self._left)}
         return left | {f"right.{index}": tensor for index, tensor in enumerate(self._right)}
 

@@ -11,8 +11,7 @@ Flops: ``4 n_1 n_2 rank`` plus the QR, ``2 n_1 rank^2``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,21 +38,29 @@ class LowRankFeedback:
         shapes: ``(n_1, n_2, rank)`` of each tensor, from `matrix_shape`.
         dtype: of error and factors.
         device: of error and factors.
-        seed: of the first ``Q``; alike on every rank.
+        seeds: of the first ``Q`` of each tensor.
+
+    Attributes:
+        error: what was not sent yet, shape ``(sum of n_1 n_2,)``.
+        right: ``Q`` of each tensor, which the next step begins with.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int, int]], *, dtype: torch.dtype, device: torch.device, seed: int
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        seeds: Sequence[int],
     ) -> None:
         self._shapes = tuple(shapes)
         size = sum(n1 * n2 for n1, n2, _ in shapes)
         self.error = torch.zeros(size, dtype=dtype, device=device)
-        generator = torch.Generator().manual_seed(seed)
         self._start = [
-            torch.randn(n2, rank, generator=generator, dtype=torch.float64).to(device, dtype)
-            for _, n2, rank in shapes
+            _normal((n2, rank), seed).to(device, dtype)
+            for (_, n2, rank), seed in zip(shapes, seeds, strict=True)
         ]
-        self._right = [start.clone() for start in self._start]
+        self.right = [start.clone() for start in self._start]
 
     def send(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the factors ``(n_1, rank)`` and ``(n_2, rank)`` of each tensor.
@@ -73,21 +80,17 @@ class LowRankFeedback:
     def _factorize(self, index: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if matrix.shape[1] == 1:
             return matrix.clone(), torch.ones_like(matrix[:1])
-        left = torch.linalg.qr(matrix @ self._right[index]).Q
+        left = torch.linalg.qr(matrix @ self.right[index]).Q
         right = matrix.mT @ left
         # a column that vanished (a zero gradient, a rank that is not there) would stay zero for ever
         is_lost = right.norm(dim=0) <= torch.finfo(right.dtype).tiny
-        self._right[index] = torch.where(is_lost, self._start[index], right)
+        self.right[index] = torch.where(is_lost, self._start[index], right)
         return left, right
 
     def _parts(self) -> tuple[Tensor, ...]:
         return torch.split(self.error, [n1 * n2 for n1, n2, _ in self._shapes])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the error and the factors that the next step begins with."""
-        return {"error": self.error.clone(), "right": [right.clone() for right in self._right]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state of `state_dict`."""
-        self.error.copy_(state["error"])
-        self._right = [right.to(own).clone() for right, own in zip(state["right"], self._right, strict=True)]
+def _normal(shape: tuple[int, int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)

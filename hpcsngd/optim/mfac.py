@@ -16,8 +16,7 @@ from torch import Tensor
 from hpcsngd.optim.base import Schedule
 from hpcsngd.optim.checks import check_choice, positive
 from hpcsngd.optim.covering import Skip
-from hpcsngd.optim.flat import FlatGradients
-from hpcsngd.optim.stored import EntryFormat, Storage, Store, make_store
+from hpcsngd.optim.stored import EntryFormat, Storage, StoreRule
 from hpcsngd.optim.topk import MAX_BLOCK, Scope
 from hpcsngd.optim.window import solve_shifted
 from hpcsngd.optim.windowed import Clip, Parameters, Windowed
@@ -114,26 +113,11 @@ class MFAC(Windowed):
         if weight_decay < 0:
             raise ValueError(f"weight_decay={weight_decay}: must not be negative")
 
-        def make(flat: FlatGradients, number: torch.dtype) -> Store:
-            return make_store(
-                storage,
-                num_grads,
-                flat.spans,
-                dtype=number,
-                device=flat.device,
-                density=density,
-                entries=entries,
-                scope=scope,
-                block_size=block_size,
-                feedback=feedback,
-                low_rank=low_rank,
-                seed=seed,
-            )
-
+        rule = StoreRule(storage, density, entries, scope, block_size, feedback, low_rank, seed)
         super().__init__(
             parameters,
             num_grads,
-            make,
+            rule,
             dtype=dtype,
             skip=skip,
             scale=feedback_scale,
@@ -173,8 +157,8 @@ class MFAC(Windowed):
         empty = result == 0
         source = gradient
         if self._early == "error" and self._store.error is not None:
-            source = self._store.error.clone()
-            self._store.error[empty] = 0
+            source = self._shard.join(self._store.error.clone())
+            self._store.error[self._shard.cut(empty)] = 0
         return torch.where(empty, source / self._damping(), result)
 
     def _solve_newest(self) -> Tensor | None:
@@ -184,9 +168,7 @@ class MFAC(Windowed):
 
     def _solve_outside(self, vector: Tensor) -> Tensor | None:
         """Returns the solution for any vector: ``(x - G^T (K + s damping I)^-1 G x) / damping``."""
-        with self._stopwatch.phase("products"):
-            products = self._store.history.products(vector, self._ring.count)
-        solved = self._solved(products.double())
+        solved = self._solved(self._products(vector))
         return None if solved is None else (vector - self._combine(solved)) / self._damping()
 
     def _solved(self, right_side: Tensor) -> Tensor | None:
@@ -197,15 +179,15 @@ class MFAC(Windowed):
         self._jittered = int(found[1] > 0)
         return found[0]
 
-    def _combine(self, coefficients: Tensor) -> Tensor:
-        with self._stopwatch.phase("precondition"):
-            return self._store.history.combine(coefficients)
-
-    def _residual(self, result: Tensor, right_side: Tensor) -> tuple[float, float]:
-        u, x, damping = result.double(), right_side.double(), self._damping()
+    def _checked(self, newest: Tensor) -> tuple[float, float] | None:
+        # The dense matrix of d x d is applied, gradient by gradient.
+        result = self._solve_newest()
+        if result is None:
+            return None
+        u, x, damping = result.double(), newest.double(), self._damping()
         applied = damping * u
         for slot in range(self._ring.count):
-            row = self._store.history.row(slot).double()
+            row = self._row(slot).double()
             applied += row * (torch.dot(row, u) / self._divisor)
         size = float(x.norm())
         return float((applied - x).norm()) / size, float((damping * u - x).norm()) / size

@@ -180,6 +180,23 @@ class Quantify:
 
 
 @dataclass(frozen=True)
+class LayerStrength:
+    """How much curvature changed one layer's gradient.
+
+    Attributes:
+        strength: ``|damping v - g| / |g|`` before any rescaling: 0 where v is nothing but g over damping.
+        mean_eigenvalue: of the layer's curvature; compare with ``damping``.
+        damping: that v was computed with.
+    """
+
+    step: int
+    layer: str
+    strength: float
+    mean_eigenvalue: float
+    damping: float
+
+
+@dataclass(frozen=True)
 class Fallback:
     """A layer whose refresh failed: its last good curvature, or the plain gradient, is used instead."""
 
@@ -193,22 +210,23 @@ class StepRecord:
     """Everything a preconditioner has to say about its latest step.
 
     Attributes:
-        step: calls of ``step()`` so far.
-        refresh: whether curvature was recomputed in this step.
-        damping: in use after this step.
-        failures: refreshes of single layers that failed since the start of the run.
-        jittered: layers whose factor in use needed jitter.
-        phases: filled with ``profile=True``.
-        communication: of this step; empty on one rank.
-        memory: after this step.
-        rank_analysis: filled when observed, on rank 0, at refreshes.
-        grad_norm: filled when observed, on every rank.
-        grad_error: filled when observed, on every rank; after a resume from the next refresh on.
-        fallbacks: failed layers of this step.
-        kept: filled at refreshes of compressed methods.
-        method: in use after this step; of the hybrid method, the one it uses now.
-        switches: decisions of the hybrid method since the step before.
-        quantify: filled in the steps that were asked for, by methods that keep a window.
+            step: calls of ``step()`` so far.
+            refresh: whether curvature was recomputed in this step.
+            damping: in use after this step.
+            failures: refreshes of single layers that failed since the start of the run.
+            jittered: layers whose factor in use needed jitter.
+            phases: filled with ``profile=True``.
+            communication: of this step; empty on one rank.
+            memory: after this step.
+            rank_analysis: filled when observed, on rank 0, at refreshes.
+            grad_norm: filled when observed, on every rank.
+            grad_error: filled when observed, on every rank; after a resume from the next refresh on.
+            fallbacks: failed layers of this step.
+            kept: filled at refreshes of compressed methods.
+            method: in use after this step; of the hybrid method, the one it uses now.
+            switches: decisions of the hybrid method since the step before.
+            quantify: filled in the steps that were asked for, by methods that keep a window.
+            strength: filled when observed, on every rank, for layers that have an inverse.
     """
 
     step: int
@@ -227,3 +245,4 @@ class StepRecord:
     method: str = ""
     switches: tuple[SwitchDecision, ...] = ()
     quantify: tuple[Quantify, ...] = ()
+    strength: tuple[LayerStrength, ...] = ()

@@ -12,10 +12,11 @@ blocks of a size are searched in one call. Cost of a step with d entries: O(d) a
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -80,7 +81,35 @@ class BlockTopK:
             raise ValueError(f"scope 'global' over {size} entries needs 32-bit indices")
         self.size = size
         self.runs = tuple(_runs(_lengths(size, scope, layers, block_size, is_short=is_short), density))
-        self.kept = sum(run.blocks * run.keep for run in self.runs)
+
+    @property
+    def kept(self) -> int:
+        """Returns how many entries are chosen."""
+        return sum(run.blocks * run.keep for run in self.runs)
+
+    def boundaries(self) -> list[int]:
+        """Returns where blocks begin, and the end of the last one."""
+        starts = [run.start + index * run.length for run in self.runs for index in range(run.blocks)]
+        return [*starts, self.size]
+
+    def part(self, start: int, stop: int) -> tuple[BlockTopK, int]:
+        """Returns the rule for a part of the vector, and how many entries are chosen before that part.
+
+        Args:
+            start: of the part, one of `boundaries`.
+            stop: of the part, one of `boundaries`.
+        """
+        runs, before = [], 0
+        for run in self.runs:
+            first = min(max(0, (start - run.start) // run.length), run.blocks)
+            last = min(max(0, (stop - run.start) // run.length), run.blocks)
+            before += first * run.keep
+            if last > first:
+                moved = run.start + first * run.length - start
+                runs.append(Run(moved, last - first, run.length, run.keep))
+        rule = copy.copy(self)
+        rule.size, rule.runs = stop - start, tuple(runs)
+        return rule, before
 
     def choose(self, vector: Tensor) -> Tensor:
         """Returns the positions of the chosen entries, int64, shape ``(kept,)``, block by block."""
@@ -90,7 +119,7 @@ class BlockTopK:
             inside = blocks.topk(run.keep, dim=1, sorted=False).indices
             offsets = run.start + run.length * torch.arange(run.blocks, device=vector.device)
             chosen.append((inside + offsets[:, None]).reshape(-1))
-        return torch.cat(chosen)
+        return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.int64, device=vector.device)
 
     def offsets(self, device: torch.device) -> Tensor:
         """Returns where the block of each chosen entry begins, int32, shape ``(kept,)``."""
@@ -98,7 +127,7 @@ class BlockTopK:
             (run.start + run.length * torch.arange(run.blocks, dtype=torch.int32)).repeat_interleave(run.keep)
             for run in self.runs
         ]
-        return torch.cat(parts).to(device)
+        return torch.cat([torch.zeros(0, dtype=torch.int32), *parts]).to(device)
 
 
 def _lengths(size: int, scope: Scope, layers: Sequence[int], block_size: int, *, is_short: bool) -> list[int]:
@@ -171,11 +200,3 @@ class ErrorFeedback:
         else:
             self.error.zero_()
         return values, positions
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the error."""
-        return {"error": self.error.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state of `state_dict`."""
-        self.error.copy_(state["error"])

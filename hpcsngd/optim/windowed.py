@@ -14,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcsngd.optim import covering
 from hpcsngd.optim.base import Preconditioner, Schedule, value_at
+from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.flat import FlatGradients
 from hpcsngd.optim.quantify import quantify
-from hpcsngd.optim.records import Fallback, LayerCheck, Memory, PhaseTime, Quantify, StepRecord
+from hpcsngd.optim.records import Communication, Fallback, LayerCheck, Memory, PhaseTime, Quantify, StepRecord
+from hpcsngd.optim.shard import Shard, cut_evenly
 from hpcsngd.optim.stopwatch import Stopwatch
-from hpcsngd.optim.stored import Store
+from hpcsngd.optim.stored import StoreRule, joined
 from hpcsngd.optim.window import Ring
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class Windowed(Preconditioner):
     Args:
         parameters: see `choose_parameters`.
         capacity: gradients in the window.
-        make: returns the store for the flat gradients.
+        rule: how gradients are stored.
         dtype: of window and products; None for the parameters' own, at least float32.
         skip: see `choose_parameters`.
         scale: of a gradient as it is stored, such as the learning rate.
@@ -111,7 +113,7 @@ class Windowed(Preconditioner):
         self,
         parameters: Parameters,
         capacity: int,
-        make: Callable[[FlatGradients, torch.dtype], Store],
+        rule: StoreRule,
         *,
         dtype: torch.dtype | None,
         skip: Sequence[covering.Skip],
@@ -127,7 +129,17 @@ class Windowed(Preconditioner):
         named, self.skipped = choose_parameters(parameters, skip)
         self._flat = FlatGradients(named)
         self._dtype = dtype or torch.promote_types(named[0][1].dtype, torch.float32)
-        self._store = make(self._flat, self._dtype)
+        self._communicator = Communicator()
+        cuts = cut_evenly(rule.boundaries(self._flat.spans), self._communicator.world_size)
+        self._shard = Shard(self._communicator, cuts)
+        self._store = rule.build(
+            capacity,
+            self._flat.spans,
+            self._shard.start,
+            self._shard.stop,
+            dtype=self._dtype,
+            device=self._flat.device,
+        )
         self._ring = Ring(capacity, self._flat.device)
         self._scale, self._clip = scale, clip
         self._quantify_every = quantify_every
@@ -155,9 +167,11 @@ class Windowed(Preconditioner):
         if bool(gradient.isfinite().all()):
             with phase("compress"):
                 slot = self._ring.advance()
-                self._store.add(slot, gradient, value_at(self._scale, self._step))
+                scale = value_at(self._scale, self._step)
+                self._store.add(slot, self._shard.cut(gradient), scale)
             with phase("products"):
-                self._ring.set_row(self._store.history.inner(slot, self._ring.count))
+                row = self._store.history.inner(slot, self._ring.count)
+                self._ring.set_row(self._shard.total(row))
             failure = "the Gram matrix could not be factorized"
             result = self._direction(gradient)
         measured: tuple[Quantify, ...] = ()
@@ -173,6 +187,23 @@ class Windowed(Preconditioner):
         self._step += 1
         self._record = self._make_record("" if result is not None else failure, measured)
 
+    def _products(self, vector: Tensor) -> Tensor:
+        """Returns ``G x`` of a whole vector, in float64."""
+        with self._stopwatch.phase("products"):
+            partial = self._store.history.products(self._shard.cut(vector), self._ring.count)
+            return self._shard.total(partial)
+
+    def _combine(self, coefficients: Tensor) -> Tensor:
+        """Returns ``G^T c`` as a whole vector."""
+        with self._stopwatch.phase("precondition"):
+            part = self._store.history.combine(coefficients)
+        with self._stopwatch.phase("broadcast"):
+            return self._shard.join(part)
+
+    def _row(self, slot: int) -> Tensor:
+        """Returns a stored gradient as a whole vector."""
+        return self._shard.join(self._store.history.row(slot))
+
     @abstractmethod
     def _direction(self, gradient: Tensor) -> Tensor | None:
         """Returns the preconditioned gradient, shape ``(d,)``; None if the window could not be solved."""
@@ -185,6 +216,7 @@ class Windowed(Preconditioner):
         step = self._step
         phases = tuple(PhaseTime(step, name, seconds) for name, seconds in self._stopwatch.take().items())
         held = self._store.memory() | {"gram": self._ring.memory_bytes()}
+        traffic = self._communicator.take_traffic().items()
         return StepRecord(
             step,
             refresh=not failure,
@@ -192,13 +224,16 @@ class Windowed(Preconditioner):
             failures=self._failures,
             jittered=self._jittered,
             phases=phases,
+            communication=tuple(Communication(step, *which, *amount) for which, amount in traffic),
             memory=tuple(Memory(step, kind, size) for kind, size in held.items()),
             fallbacks=(Fallback(step, ALL, failure),) if failure else (),
             quantify=measured,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns window, Gram matrix, error and position."""
+        """Returns window, Gram matrix, error and position, of all ranks together."""
+        own = self._store.state_dict()
+        parts = [self._communicator.object_from(rank, own) for rank in range(self._communicator.world_size)]
         return {
             "format": self.format,
             "size": self._flat.size,
@@ -206,7 +241,7 @@ class Windowed(Preconditioner):
             "step": self._step,
             "failures": self._failures,
             "ring": self._ring.state_dict(),
-            "store": self._store.state_dict(),
+            "store": joined(parts),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -232,8 +267,8 @@ class Windowed(Preconditioner):
         self._is_closed = True
 
     @abstractmethod
-    def _residual(self, result: Tensor, right_side: Tensor) -> tuple[float, float]:
-        """Returns error and second-order strength of a solution in float64, without the Gram matrix."""
+    def _checked(self, newest: Tensor) -> tuple[float, float] | None:
+        """Returns error and strength of the solution for the newest gradient, without the Gram matrix."""
 
     def verify(
         self,
@@ -256,9 +291,10 @@ class Windowed(Preconditioner):
         if self._ring.count == 0:
             reason = "the window is empty"
             return (LayerCheck(ALL, self._flat.size, math.nan, math.nan, reason),)
-        newest = self._store.history.row(self._ring.newest)
-        result = self._direction(newest)
-        if result is None:
+        newest = self._row(self._ring.newest)
+        found = self._checked(newest)
+        self._communicator.take_traffic()
+        if found is None:
             return (LayerCheck(ALL, self._flat.size, math.nan, math.nan, "the window cannot be solved"),)
-        error, strength = self._residual(result, newest)
+        error, strength = found
         return (LayerCheck(ALL, self._flat.size, error, strength),)

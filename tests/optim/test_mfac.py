@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from hpcsngd.optim.ggt import GGT
 from hpcsngd.optim.mfac import MFAC
+from hpcsngd.optim.shard import cut_evenly
 from hpcsngd.optim.windowed import Windowed
+from tests.ranks import run_on_ranks
 
 DAMPING = 0.05
 SHAPES = [(4, 3), (4,), (2, 4), (2,)]
@@ -393,7 +396,7 @@ def test_states_of_others_are_refused() -> None:
     for other in (GGT(parameters(), 4), MFAC(parameters(), 5), MFAC(parameters()[:2], 4)):
         with pytest.raises(ValueError, match="the state has"):
             other.load_state_dict(state)
-    with pytest.raises(ValueError, match="the stored gradients have shapes"):
+    with pytest.raises(ValueError, match="the state has values of shape None"):
         MFAC(parameters(), 4, storage="sparse").load_state_dict(state)
 
 
@@ -443,3 +446,60 @@ def test_a_closed_preconditioner_does_nothing_more() -> None:
     method.close()
     with pytest.raises(RuntimeError, match="closed"):
         method.step()
+
+
+def shared_steps(name: str, count: int, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Steps on the same gradients on every rank; DistributedDataParallel has averaged them by then."""
+    params = parameters()
+    method = METHODS[name](params)
+    if state is not None:
+        method.load_state_dict(state)
+    start = 0 if state is None else int(state["step"])
+    for gradient in gradients(count)[start:]:
+        found = stepped(method, params, gradient)
+    record = method.diagnostics()
+    return {
+        "found": found,
+        "state": method.state_dict(),
+        "traffic": {(sent.phase, sent.op): (sent.calls, sent.size_bytes) for sent in record.communication},
+        "memory": {held.kind: held.size_bytes for held in record.memory},
+        "error": method.verify((torch.zeros(1), torch.zeros(1)), nn.functional.mse_loss)[0].error,
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_ranks_share_the_window_of_one_process(name: str, ranks: int) -> None:
+    alone = shared_steps(name, 7, None)
+    results = run_on_ranks(shared_steps, ranks, name, 7, None)
+    for result in results:
+        assert relative(result["found"], alone["found"]) < (1e-5 if name == "sparse" else 1e-9)
+        assert result["error"] < 1e-5
+        assert result["state"]["store"].keys() == alone["state"]["store"].keys()
+    window = sum(result["memory"]["window"] for result in results)
+    assert window == alone["memory"]["window"]
+    assert alone["traffic"] == {}
+    # a rank's part of the vector is what is left after cutting evenly; all send as much as the largest
+    number = 4 if name == "sparse" else 8
+    parts = {"sparse": SIZE, "lowrank": max(map(len, lowrank_parts(ranks)))}
+    largest = parts.get(name, -(-SIZE // ranks))
+    assert results[0]["traffic"] == {
+        ("products", "all_reduce"): (1, 8 * 4),
+        ("update", "all_gather"): (1, number * largest),
+    }
+
+
+def lowrank_parts(ranks: int) -> list[range]:
+    boundaries = [0, 12, 16, 24, 26]
+    return [range(*pair) for pair in itertools.pairwise(cut_evenly(boundaries, ranks))]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_continues_on_another_number_of_ranks(name: str) -> None:
+    whole = shared_steps(name, 8, None)["found"]
+    state = run_on_ranks(shared_steps, 3, name, 5, None)[0]["state"]
+    assert relative(shared_steps(name, 8, state)["found"], whole) < (1e-5 if name == "sparse" else 1e-9)
+    for result in run_on_ranks(shared_steps, 2, name, 8, state):
+        assert relative(result["found"], whole) < (1e-5 if name == "sparse" else 1e-9)

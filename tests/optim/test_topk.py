@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpcsngd.optim.lowrank import LowRankFeedback, matrix_shape
+from hpcsngd.optim.shard import cut_evenly
 from hpcsngd.optim.topk import MAX_BLOCK, BlockTopK, ErrorFeedback
 
 CPU = torch.device("cpu")
@@ -113,12 +116,23 @@ def test_the_scale_is_applied_once() -> None:
     assert sender.error.tolist() == [0.0, 0.5]
 
 
-def test_the_error_continues_from_its_state() -> None:
-    one, two = feedback(BlockTopK(50, 0.1)), feedback(BlockTopK(50, 0.1))
-    one.send(torch.randn(50, dtype=torch.float64))
-    two.load_state_dict(one.state_dict())
-    gradient = torch.randn(50, dtype=torch.float64)
-    assert all(torch.equal(*pair) for pair in zip(one.send(gradient), two.send(gradient), strict=True))
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_parts_choose_what_the_whole_chooses(parts: int) -> None:
+    rule = BlockTopK(100, 0.3, scope="layer", layers=[30, 30, 7, 33])
+    vector = torch.randn(100)
+    cuts = cut_evenly(rule.boundaries(), parts)
+    found: list[int] = []
+    for start, stop in itertools.pairwise(cuts):
+        own, before = rule.part(start, stop)
+        assert before == len(found)
+        found += (own.choose(vector[start:stop]) + start).tolist()
+    assert found == rule.choose(vector).tolist()
+
+
+def test_cuts_lie_where_they_may() -> None:
+    assert cut_evenly(range(11), 4) == [0, 2, 5, 7, 10]
+    assert cut_evenly([0, 90, 100], 3) == [0, 0, 90, 100]
+    assert cut_evenly([0, 5], 3) == [0, 0, 5, 5]
 
 
 def products(factors: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -126,7 +140,7 @@ def products(factors: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def low_rank(shapes: list[tuple[int, int, int]]) -> LowRankFeedback:
-    return LowRankFeedback(shapes, dtype=torch.float64, device=CPU, seed=5)
+    return LowRankFeedback(shapes, dtype=torch.float64, device=CPU, seeds=[5] * len(shapes))
 
 
 def test_which_tensors_are_factorized() -> None:
