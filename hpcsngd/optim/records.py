@@ -210,23 +210,23 @@ class StepRecord:
     """Everything a preconditioner has to say about its latest step.
 
     Attributes:
-            step: calls of ``step()`` so far.
-            refresh: whether curvature was recomputed in this step.
-            damping: in use after this step.
-            failures: refreshes of single layers that failed since the start of the run.
-            jittered: layers whose factor in use needed jitter.
-            phases: filled with ``profile=True``.
-            communication: of this step; empty on one rank.
-            memory: after this step.
-            rank_analysis: filled when observed, on rank 0, at refreshes.
-            grad_norm: filled when observed, on every rank.
-            grad_error: filled when observed, on every rank; after a resume from the next refresh on.
-            fallbacks: failed layers of this step.
-            kept: filled at refreshes of compressed methods.
-            method: in use after this step; of the hybrid method, the one it uses now.
-            switches: decisions of the hybrid method since the step before.
-            quantify: filled in the steps that were asked for, by methods that keep a window.
-            strength: filled when observed, on every rank, for layers that have an inverse.
+        step: calls of ``step()`` so far.
+        refresh: whether curvature was recomputed in this step.
+        damping: in use after this step.
+        failures: refreshes of single layers that failed since the start of the run.
+        jittered: layers whose factor in use needed jitter.
+        phases: filled with ``profile=True``.
+        communication: of this step; empty on one rank.
+        memory: after this step.
+        rank_analysis: filled when observed, on rank 0, at refreshes.
+        grad_norm: filled when observed, on every rank.
+        grad_error: filled when observed, on every rank; after a resume from the next refresh on.
+        fallbacks: failed layers of this step.
+        kept: filled at refreshes of compressed methods.
+        method: in use after this step; of the hybrid method, the one it uses now.
+        switches: decisions of the hybrid method since the step before.
+        quantify: filled in the steps that were asked for, by methods that keep a window.
+        strength: filled when observed, on every rank, for layers that have an inverse.
     """
 
     step: int
