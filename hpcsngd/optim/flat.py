@@ -37,7 +37,7 @@ class FlatGradients:
         devices = {parameter.device for _, parameter in named}
         if len(devices) > 1:
             raise ValueError(f"parameters on several devices ({devices}); one vector needs one")
-        self._parameters = [parameter for _, parameter in named]
+        self.parameters = tuple(parameter for _, parameter in named)
         self.device = devices.pop()
         spans, start = [], 0
         for name, parameter in named:
@@ -49,17 +49,17 @@ class FlatGradients:
     def read(self, dtype: torch.dtype) -> Tensor:
         """Returns the gradients, shape ``(size,)``; zeros stand for parameters without one."""
         vector = torch.zeros(self.size, dtype=dtype, device=self.device)
-        for span, parameter in zip(self.spans, self._parameters, strict=True):
+        for span, parameter in zip(self.spans, self.parameters, strict=True):
             if parameter.grad is not None:
                 vector[span.start : span.stop] = parameter.grad.reshape(-1)
         return vector
 
     def read_weights(self, dtype: torch.dtype) -> Tensor:
         """Returns the parameters themselves, shape ``(size,)``."""
-        return torch.cat([parameter.detach().reshape(-1).to(dtype) for parameter in self._parameters])
+        return torch.cat([parameter.detach().reshape(-1).to(dtype) for parameter in self.parameters])
 
     def write(self, vector: Tensor) -> None:
         """Overwrites the gradients; parameters without one keep none, so that optimizers pass them over."""
-        for span, parameter in zip(self.spans, self._parameters, strict=True):
+        for span, parameter in zip(self.spans, self.parameters, strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(vector[span.start : span.stop].view(span.shape))

@@ -190,28 +190,30 @@ class LowRankHistory(History):
     ) -> None:
         self.capacity = capacity
         empty = self._empty = torch.zeros(0, dtype=dtype, device=device)
-        self._left = [empty.new_zeros(capacity, n1, rank) for n1, _, rank in shapes]
-        self._right = [empty.new_zeros(capacity, n2, rank) for _, n2, rank in shapes]
+        # (slots, rank, n): slots and ranks join to one dimension without a copy
+        self._left = [empty.new_zeros(capacity, rank, n1) for n1, _, rank in shapes]
+        self._right = [empty.new_zeros(capacity, rank, n2) for _, n2, rank in shapes]
 
     def write(self, slot: int, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Stores the factors of every tensor, ``(n_1, rank)`` and ``(n_2, rank)``."""
         for left, right, (p, q) in zip(self._left, self._right, factors, strict=True):
-            left[slot], right[slot] = p, q
+            left[slot], right[slot] = p.mT, q.mT
 
     def products(self, vector: Tensor, count: int) -> Tensor:
         """Returns ``G x``: the sum over tensors of ``<P_i Q_i^T, X> = sum((X Q_i) * P_i)``."""
-        total = vector.new_zeros(count)
+        total = self._empty.new_zeros(count)
         for (left, right), part in zip(self._pairs(), self._split(vector), strict=True):
-            total += (torch.matmul(part, right[:count]) * left[:count]).sum((1, 2))
+            applied = right[:count].flatten(0, 1) @ part.mT
+            total += (applied * left[:count].flatten(0, 1)).view(count, -1).sum(1)
         return total
 
     def inner(self, slot: int, count: int) -> Tensor:
         """Returns ``<P_i Q_i^T, P_j Q_j^T> = sum((P_i^T P_j) * (Q_i^T Q_j))``, summed over tensors."""
         total = self._empty.new_zeros(count)
         for left, right in self._pairs():
-            p = torch.matmul(left[:count].mT, left[slot])
-            q = torch.matmul(right[:count].mT, right[slot])
-            total += (p * q).sum((1, 2))
+            p = left[:count].flatten(0, 1) @ left[slot].mT
+            q = right[:count].flatten(0, 1) @ right[slot].mT
+            total += (p * q).view(count, -1).sum(1)
         return total
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -219,8 +221,7 @@ class LowRankHistory(History):
         count, parts = len(coefficients), []
         for left, right in self._pairs():
             weighted = left[:count] * coefficients.to(left)[:, None, None]
-            rows = weighted.permute(1, 0, 2).flatten(1)
-            parts.append((rows @ right[:count].permute(0, 2, 1).flatten(0, 1)).reshape(-1))
+            parts.append((weighted.flatten(0, 1).mT @ right[:count].flatten(0, 1)).reshape(-1))
         return torch.cat([self._empty, *parts])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -232,6 +233,6 @@ class LowRankHistory(History):
         return list(zip(self._left, self._right, strict=True))
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        shapes = [(left.shape[1], right.shape[1]) for left, right in self._pairs()]
+        shapes = [(left.shape[2], right.shape[2]) for left, right in self._pairs()]
         parts = torch.split(vector, [n1 * n2 for n1, n2 in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -16,6 +16,7 @@ from hpcsngd.optim import covering
 from hpcsngd.optim.base import Preconditioner, Schedule, value_at
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.flat import FlatGradients
+from hpcsngd.optim.history import History
 from hpcsngd.optim.quantify import quantify
 from hpcsngd.optim.records import Communication, Fallback, LayerCheck, Memory, PhaseTime, Quantify, StepRecord
 from hpcsngd.optim.shard import Shard, cut_evenly
@@ -147,6 +148,21 @@ class Windowed(Preconditioner):
         self._step = self._failures = self._jittered = 0
         self._is_closed = False
         self._record = StepRecord(0, refresh=False, damping=math.nan, failures=0)
+
+    @property
+    def capacity(self) -> int:
+        """Returns how many gradients the window holds."""
+        return self._ring.capacity
+
+    @property
+    def history(self) -> History:
+        """Returns this rank's part of the window."""
+        return self._store.history
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Returns the parameters that are preconditioned, in the order of the vector."""
+        return self._flat.parameters
 
     def step(self, sample_scale: float | None = None, grad_scale: float = 1.0) -> None:
         """Stores the gradient, then overwrites it by the preconditioned one.
