@@ -33,6 +33,7 @@ from hpcsngd.optim.kid import Interpolation, interpolate
 from hpcsngd.optim.placement import Placer
 from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.selection import Draw, RankRule, apportion, draw_rows
+from hpcsngd.optim.stopwatch import Stopwatch
 
 #: A method that a refresh can use; the hybrid one is kid or kis at each.
 Plain = Literal["sngd", "kid", "kis"]
@@ -86,6 +87,7 @@ class Compression:
         damping: float,
         everything: bool,
         placer: Placer,
+        stopwatch: Stopwatch,
     ) -> Batch:
         """Returns the joined batch as ``method`` sees it.
 
@@ -97,6 +99,7 @@ class Compression:
             damping: of the refresh.
             everything: whether to gather the rows that the method does without as well.
             placer: says who gets what.
+            stopwatch: counts what is computed, between exchanges, as phase ``factorise``.
         """
         usable = agree(communicator, local)
         faults = usable.faults
@@ -107,10 +110,13 @@ class Compression:
             joined = join_all(communicator, usable, placer)
         rows, owners = joined.rows, joined.owners
         if is_local:
-            sketches, failed = self._gather_blocks(communicator, usable, damping)
+            sketches, failed = self._gather_blocks(communicator, usable, damping, stopwatch)
             faults = {**faults, **failed}
         elif everything or not is_drawn:
-            sketches = {name: self.sketch(method, name, all_, step, damping) for name, all_ in rows.items()}
+            with stopwatch.phase("factorise"):
+                sketches = {
+                    name: self.sketch(method, name, all_, step, damping) for name, all_ in rows.items()
+                }
         else:
             sketches, owners = self._gather_drawn(communicator, usable, step, placer)
         samples = {name: count for name, count in usable.samples().items() if name not in faults}
@@ -172,20 +178,11 @@ class Compression:
         }, kept.owners
 
     def _gather_blocks(
-        self, communicator: Communicator, usable: Usable, damping: float
+        self, communicator: Communicator, usable: Usable, damping: float, stopwatch: Stopwatch
     ) -> tuple[dict[str, Sketch | None], dict[str, str]]:
         samples = usable.samples()
-        local: dict[str, Block | None] = {}
-        for layer, (name, rows) in enumerate(usable.rows.items()):
-            keep = None
-            if self.rule.low_rank is not None:
-                shares = apportion(self.rule.low_rank, [of_rank[layer] for of_rank in usable.counts])
-                keep = shares[communicator.rank]
-            found = self._interpolate(rows, keep, samples[name], damping)
-            local[name] = None
-            if found is not None:
-                kept = rows.take(found.kept)
-                local[name] = Block(kept, found.mixing, found.left_out.reshape(1))
+        with stopwatch.phase("factorise"):
+            local = self._blocks(usable, communicator.rank, damping)
         joined, failed = join_blocks(communicator, local)
         return {
             name: Sketch(
@@ -197,6 +194,20 @@ class Compression:
             )
             for name, block in joined.items()
         }, failed
+
+    def _blocks(self, usable: Usable, rank: int, damping: float) -> dict[str, Block | None]:
+        """Returns what this rank keeps of its own rows; None for a kernel that is not finite."""
+        samples = usable.samples()
+        local: dict[str, Block | None] = {}
+        for layer, (name, rows) in enumerate(usable.rows.items()):
+            keep = None
+            if self.rule.low_rank is not None:
+                keep = apportion(self.rule.low_rank, [of_rank[layer] for of_rank in usable.counts])[rank]
+            found = self._interpolate(rows, keep, samples[name], damping)
+            local[name] = None
+            if found is not None:
+                local[name] = Block(rows.take(found.kept), found.mixing, found.left_out.reshape(1))
+        return local
 
 
 def _mean_left_out(trace: Tensor, kept: Rows, samples: int) -> float:
