@@ -153,7 +153,7 @@ _ALL = (
     ),
     Table(
         "rank_analysis",
-        ("step", "layer"),
+        ("step", "layer", "share"),
         (
             _ATTEMPT,
             _EPOCH,

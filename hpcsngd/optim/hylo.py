@@ -37,7 +37,7 @@ from hpcsngd.optim.curvature import Complement
 from hpcsngd.optim.gradients import KlClip, Rescale, gradient_matrices, rescaled, write_gradients
 from hpcsngd.optim.held import Curvatures
 from hpcsngd.optim.hybrid import SwitchRule
-from hpcsngd.optim.observe import Observer
+from hpcsngd.optim.observe import SHARES, Observer
 from hpcsngd.optim.options import Method, Options, damping_at
 from hpcsngd.optim.placement import Placement
 from hpcsngd.optim.records import Communication, LayerCheck, Memory, PhaseTime, StepRecord
@@ -142,6 +142,7 @@ class HyLo(Preconditioner):
         communicator: does the exchange with other ranks; default: with all of them.
         profile: whether to time the phases and measure memory (waits for the GPU once a step).
         observe: any of ``"rank_analysis"``, ``"grad_norm"``, ``"grad_error"``; see `hpcsngd.optim.records`.
+        rank_shares: shares of the sum of singular values whose matrix rank ``rank_analysis`` tells.
 
     Raises:
         ValueError: an argument out of its range, or no layer to cover.
@@ -175,6 +176,7 @@ class HyLo(Preconditioner):
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
+        rank_shares: Sequence[float] = SHARES,
     ) -> None:
         options = Options(
             method=method,
@@ -209,7 +211,7 @@ class HyLo(Preconditioner):
         self._damping, self._used = damping_at(self._damping_schedule, 0.0, 0), self._method_now
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._layers, self.skipped = find_layers(self._model, skip)
-        self._stopwatch, self._observer = Stopwatch(profile), Observer(observe)
+        self._stopwatch, self._observer = Stopwatch(profile), Observer(observe, rank_shares)
         self._calendar = Calendar([x.name for x in self._layers], refresh_every, stagger=stagger)
         self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)

@@ -245,6 +245,20 @@ def test_rank_analysis_equals_the_dense_spectrum() -> None:
         assert (records[name].samples, records[name].damping, records[name].share) == (8, 0.05, 0.9)
 
 
+def test_rank_analysis_tells_any_share() -> None:
+    model = models.mlp()
+    hylo = HyLo(model, damping=0.05, observe=["rank_analysis"], rank_shares=[0.5, 0.9, 1.0])
+    oracle.mean_loss(model, *oracle.batch(models.mlp(), (8, 5))).backward()
+    hylo.step()
+    ranks = {(item.layer, item.share): item.low_rank for item in hylo.diagnostics().rank_analysis}
+    assert len(ranks) == 2 * 3
+    for name in ("0", "2"):
+        assert 1 <= ranks[name, 0.5] < ranks[name, 0.9] < ranks[name, 1.0] <= 8
+    for shares in ([], [0.0], [1.5]):
+        with pytest.raises(ValueError, match="rank_shares"):
+            HyLo(model, damping=0.05, rank_shares=shares)
+
+
 def test_gradient_norms_are_those_before_preconditioning() -> None:
     model = models.mlp()
     hylo = HyLo(model, damping=0.05, observe=["grad_norm"])
