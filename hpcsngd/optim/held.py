@@ -13,6 +13,7 @@ from hpcsngd.optim.curvature import SampleCurvature
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.owners import Owners
 from hpcsngd.optim.stacks import Solved, Stacks
+from hpcsngd.optim.stopwatch import Stopwatch
 
 
 class Curvatures(Mapping[str, SampleCurvature]):
@@ -22,6 +23,7 @@ class Curvatures(Mapping[str, SampleCurvature]):
         layers: covered layers, in the order in which curvatures are stacked.
         communicator: exchanges what owners compute.
         rows_dtype: layer -> dtype of its rows.
+        stopwatch: counts projections and what owners send.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class Curvatures(Mapping[str, SampleCurvature]):
         layers: Sequence[Layer],
         communicator: Communicator,
         rows_dtype: Callable[[Layer], torch.dtype],
+        stopwatch: Stopwatch,
     ) -> None:
         self._layers = {layer.name: layer for layer in layers}
         self._rows_dtype, self._communicator = rows_dtype, communicator
         self._owners = Owners(communicator)
         self._curvature: dict[str, SampleCurvature] = {}
-        self._stacks, self._owned_stacks = Stacks(), Stacks()
+        self._stopwatch = stopwatch
+        self._stacks, self._owned_stacks = Stacks(stopwatch), Stacks(stopwatch)
 
     def __getitem__(self, name: str) -> SampleCurvature:
         return self._curvature[name]
@@ -80,7 +84,8 @@ class Curvatures(Mapping[str, SampleCurvature]):
         mine: dict[str, Tensor] = {}
         for group in self._owned_stacks.solve(grads):
             mine.update(zip(group.names, finish(group), strict=True))
-        return self._owners.exchange(mine, grads)
+        with self._stopwatch.phase("broadcast"):
+            return self._owners.exchange(mine, grads)
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -37,7 +37,7 @@ from hpcsngd.optim.curvature import Complement
 from hpcsngd.optim.gradients import KlClip, Rescale, gradient_matrices, rescaled, write_gradients
 from hpcsngd.optim.held import Curvatures
 from hpcsngd.optim.hybrid import SwitchRule
-from hpcsngd.optim.observe import Observer
+from hpcsngd.optim.observe import SHARES, Observer
 from hpcsngd.optim.options import Method, Options, damping_at
 from hpcsngd.optim.placement import Placement
 from hpcsngd.optim.records import Communication, LayerCheck, Memory, PhaseTime, StepRecord
@@ -140,8 +140,9 @@ class HyLo(Preconditioner):
             kernels or errors. With owners, every rank must call `state_dict`, and layers must have their
             gradients on all ranks alike, as DistributedDataParallel leaves them.
         communicator: does the exchange with other ranks; default: with all of them.
-        profile: whether to time the phases (waits for the GPU at each).
+        profile: whether to time the phases and measure memory (waits for the GPU once a step).
         observe: any of ``"rank_analysis"``, ``"grad_norm"``, ``"grad_error"``; see `hpcsngd.optim.records`.
+        rank_shares: shares of the sum of singular values whose matrix rank ``rank_analysis`` tells.
 
     Raises:
         ValueError: an argument out of its range, or no layer to cover.
@@ -175,6 +176,7 @@ class HyLo(Preconditioner):
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
+        rank_shares: Sequence[float] = SHARES,
     ) -> None:
         options = Options(
             method=method,
@@ -209,16 +211,18 @@ class HyLo(Preconditioner):
         self._damping, self._used = damping_at(self._damping_schedule, 0.0, 0), self._method_now
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._layers, self.skipped = find_layers(self._model, skip)
-        self._stopwatch, self._observer = Stopwatch(profile), Observer(observe)
+        self._stopwatch, self._observer = Stopwatch(profile), Observer(observe, rank_shares)
         self._calendar = Calendar([x.name for x in self._layers], refresh_every, stagger=stagger)
         self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
-        self._curvature = Curvatures(self._layers, self._communicator, self._capture.rows_dtype)
+        self._curvature = Curvatures(
+            self._layers, self._communicator, self._capture.rows_dtype, self._stopwatch
+        )
         self._refresher = Refresher(
             options, self._communicator, self._curvature, self._observer, self._stopwatch
         )
         self._record = StepRecord(0, False, self._damping, 0, method=self._used)
-        self._closed = False
+        self._closed, self._profile = False, profile
         if self.skipped and dist.rank() == 0:
             text = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             logger.info("left to the base optimizer: %s", text)
@@ -415,12 +419,19 @@ class HyLo(Preconditioner):
             wanting = " and ".join(name for name, needs in settings.items() if needs)
             raise RuntimeError(f"{wanting}: call set_progress(epoch, lr) before step()")
 
+    def _sizes(self, outcome: Outcome) -> dict[str, int]:
+        """Returns bytes by kind of memory; nothing if nobody asked."""
+        if not self._profile:
+            return {}
+        compared = sum(sum(c.size_bytes) for c in self._refresher.comparison.curvatures())
+        sizes = {"captured": outcome.captured_bytes, "rows": 0, "factors": 0, "comparison": compared}
+        for curvature in self._curvature.values():
+            for kind, size in zip(("rows", "factors"), curvature.size_bytes, strict=True):
+                sizes[kind] += size
+        return sizes
+
     def _make_record(self, outcome: Outcome) -> StepRecord:
         step = self._step
-        sizes = {"rows": 0, "factors": 0}
-        for curvature in (*self._curvature.values(), *self._refresher.comparison.curvatures()):
-            for kind, size in zip(sizes, curvature.size_bytes, strict=True):
-                sizes[kind] += size
         traffic = self._communicator.take_traffic()
         decisions = () if self._switch is None else tuple(self._switch.history[self._decisions_told :])
         self._decisions_told += len(decisions)
@@ -432,7 +443,7 @@ class HyLo(Preconditioner):
             jittered=sum(curvature.jitter > 0 for curvature in self._curvature.values()),
             phases=tuple(PhaseTime(step, *item) for item in self._stopwatch.take().items()),
             communication=tuple(Communication(step, *what, *amount) for what, amount in traffic.items()),
-            memory=tuple(Memory(step, *item) for item in sizes.items()),
+            memory=tuple(Memory(step, *item) for item in self._sizes(outcome).items()),
             rank_analysis=self._observer.take_rank_analysis(step),
             grad_norm=self._observer.take_grad_norm(step),
             grad_error=self._observer.take_grad_error(step),

@@ -50,11 +50,13 @@ class Outcome:
         happened: whether there were any rows.
         fallbacks: layers whose refresh failed.
         kept: what compressed methods kept.
+        captured_bytes: in this rank's rows, before they travelled.
     """
 
     happened: bool
     fallbacks: tuple[Fallback, ...] = ()
     kept: tuple[Kept, ...] = ()
+    captured_bytes: int = 0
 
 
 class Refresher:
@@ -102,6 +104,7 @@ class Refresher:
                 damping=now.damping,
                 everything=self._observer.wants_exact,
                 placer=Placer(self._placement, self._communicator.world_size, period),
+                stopwatch=self._stopwatch,
             )
         if not batch.samples and not batch.faults:
             return Outcome(happened=False)
@@ -112,13 +115,15 @@ class Refresher:
                 self._factorise_to_compare(batch, now)
         faults = {**batch.faults, **failures}
         fallbacks = tuple(self._fall_back(name, reason, now.step) for name, reason in faults.items())
-        return Outcome(True, fallbacks, kept)
+        captured_bytes = sum(rows.size_bytes for rows in local.values() if isinstance(rows, Rows))
+        return Outcome(True, fallbacks, kept, captured_bytes)
 
     def _factorise(self, batch: Batch, now: Moment) -> tuple[dict[str, str], tuple[Kept, ...]]:
         """Replaces curvatures; returns where that failed and why, and what was kept."""
         sketches = {name: sketch for name, sketch in batch.sketches.items() if sketch is not None}
         kernels = [sketch.kernel() for sketch in sketches.values()]
-        curvatures = build_all(list(sketches.values()), kernels, now.damping, self._options.complement)
+        with self._stopwatch.phase("invert"):
+            curvatures = build_all(list(sketches.values()), kernels, now.damping, self._options.complement)
         found = dict(zip(sketches, curvatures, strict=True))
         # None for a failure here; layers owned elsewhere are their owners' to judge.
         built = {name: found.get(name) for name in batch.sketches}
