@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hpcsngd.optim import KFAC
 from hpcsngd.optim.fisher import columns, draws
 from tests.optim import models, oracle
+from tests.optim.kfac_tools import kept_factors
 
 TOLERANCE = 1e-10
 DAMPING = 0.05
@@ -193,14 +194,6 @@ def test_averaged_tokens_are_exact_with_reduce(build: Any, shape: tuple[int, ...
     model = models.seeded(build)
     x = random_outputs(shape)
     assert check_against_gauss_newton(model, x, "mse", names, fisher="type-2", sharing="reduce") < TOLERANCE
-
-
-def kept_factors(kfac: KFAC) -> dict[str, list[Tensor]]:
-    """Returns A and G of every layer, as they are used."""
-    return {
-        name: [total / saved["factors"]["weight"] for total in saved["factors"]["sums"]]
-        for name, saved in kfac.state_dict()["layers"].items()
-    }
 
 
 def stepped(kind: Any, scale: float = 1.0, **options: Any) -> dict[str, list[Tensor]]:
