@@ -11,12 +11,13 @@ from hpcsngd.optim.base import Schedule as Schedule
 from hpcsngd.optim.dropin import PreconditionedSGD as PreconditionedSGD
 from hpcsngd.optim.hybrid import SwitchRule as SwitchRule
 from hpcsngd.optim.hylo import HyLo as HyLo
+from hpcsngd.optim.kfac import KFAC as KFAC
 from hpcsngd.optim.records import LayerCheck as LayerCheck
 from hpcsngd.optim.records import StepRecord as StepRecord
 from hpcsngd.optim.schedules import DampingDecay as DampingDecay
 
 #: Every preconditioner by the name that experiments use.
-PRECONDITIONERS: dict[str, type[Preconditioner]] = {"hylo": HyLo}
+PRECONDITIONERS: dict[str, type[Preconditioner]] = {"hylo": HyLo, "kfac": KFAC}
 
 
 def get(name: str) -> type[Preconditioner]:

@@ -61,6 +61,15 @@ class Preconditioner(ABC):
             lr: learning rate of the coming step.
         """
 
+    def before_backward(self, outputs: Tensor) -> None:  # noqa: B027 - a method may not care
+        """Shows the model's outputs, after each forward pass and before its backward pass.
+
+        Does nothing unless the curvature is made of other gradients than the loss's own.
+
+        Args:
+            outputs: of the model, with their graph, samples first.
+        """
+
     @abstractmethod
     def verify(
         self,

@@ -69,6 +69,15 @@ class Communicator:
         total: list[int] = dist.all_reduce_sum(local).tolist()
         return total
 
+    def sum_tensors(self, phase: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the sums over the ranks of tensors of equal dtype; all travel in one collective."""
+        if self.world_size == 1 or not tensors:
+            return list(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._count(phase, "all_reduce", flat.nbytes)
+        sums = torch.split(dist.all_reduce_sum(flat), [tensor.numel() for tensor in tensors])
+        return [part.reshape(tensor.shape) for part, tensor in zip(sums, tensors, strict=True)]
+
     def join_rows(self, phase: str, tensors: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Returns each tensor joined along its first dimension over the ranks, in rank order.
 

@@ -151,6 +151,23 @@ class LayerCheck:
 
 
 @dataclass(frozen=True)
+class LayerStrength:
+    """How much curvature changed one layer's gradient.
+
+    Attributes:
+        strength: ``|damping v - g| / |g|`` before any rescaling: 0 where v is nothing but g over damping.
+        mean_eigenvalue: of the layer's curvature; compare with ``damping``.
+        damping: that v was computed with.
+    """
+
+    step: int
+    layer: str
+    strength: float
+    mean_eigenvalue: float
+    damping: float
+
+
+@dataclass(frozen=True)
 class Fallback:
     """A layer whose refresh failed: its last good curvature, or the plain gradient, is used instead."""
 
@@ -179,6 +196,7 @@ class StepRecord:
         kept: filled at refreshes of compressed methods.
         method: in use after this step; of the hybrid method, the one it uses now.
         switches: decisions of the hybrid method since the step before.
+        strength: filled when observed, on every rank, for layers that have an inverse.
     """
 
     step: int
@@ -196,3 +214,4 @@ class StepRecord:
     kept: tuple[Kept, ...] = ()
     method: str = ""
     switches: tuple[SwitchDecision, ...] = ()
+    strength: tuple[LayerStrength, ...] = ()
