@@ -57,23 +57,21 @@ def gram(x: Tensor) -> Tensor:
     return rows @ rows.mT
 
 
-def patch_moment(
-    x: Tensor, geometry: Geometry, grid: Sequence[int], dtype: torch.dtype, method: Method = "auto"
-) -> Tensor:
+def patch_moment(x: Tensor, geometry: Geometry, grid: Sequence[int], method: Method = "auto") -> Tensor:
     """Returns the second moment of a convolution's patches.
 
     Args:
         x: the input, shape ``(n, groups, channels, ...)``.
         geometry: of the convolution.
         grid: size of the grid of positions.
-        dtype: of the result, and of what is computed.
         method: ``"shifts"`` as in this module's docstring; ``"patches"`` builds them, for PATCH_BYTES at a
             time; ``"auto"`` what is faster.
 
     Returns:
         Shape ``(groups, d, d)`` with ``d = channels * taps``, channels slowest.
     """
-    x = x.to(dtype)
+    if not len(x):
+        return _by_patches(x, geometry, grid)
     axes = _axes(geometry, x.shape[3:], grid)
     if method == "shifts" or (method == "auto" and shifts_are_faster(len(x), x.shape[1], x.shape[2], axes)):
         return _in_order(_by_shifts(x, axes), len(axes))
@@ -170,7 +168,11 @@ def shifts_are_faster(samples: int, groups: int, channels: int, axes: tuple[Axis
     patch = side * (side + PATCH_PRICE) * prod(axis.grid for axis in axes)
     read = SHIFT_PRICE * channels * prod(axis.size for axis in axes)
     products, problems = _shift_work(channels, axes)
-    return problems * PROBLEM_PRICE + samples * groups * (products + read) < samples * groups * patch
+    # One tap: its patches are the image itself.
+    return (
+        any(axis.reach for axis in axes)
+        and problems * PROBLEM_PRICE + samples * groups * (products + read) < samples * groups * patch
+    )
 
 
 def _shift_work(channels: int, axes: tuple[Axis, ...]) -> tuple[int, int]:
@@ -200,7 +202,7 @@ def _by_patches(x: Tensor, geometry: Geometry, grid: Sequence[int]) -> Tensor:
     groups, channels = x.shape[1:3]
     side = channels * prod(geometry.kernel)
     moment = x.new_zeros(groups, side, side)
-    if not prod(grid):
+    if not (prod(grid) and len(x)):
         return moment
     at_once = max(1, PATCH_BYTES // (groups * side * prod(grid) * x.element_size()))
     for part in torch.split(x, at_once):
