@@ -13,6 +13,8 @@ from hpcsngd.optim.checks import check_choice, positive
 from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.fisher import Fisher, LossKind
 from hpcsngd.optim.gradients import Rescale
+from hpcsngd.optim.kaisa import Cost
+from hpcsngd.optim.kfac_exchange import Scope
 from hpcsngd.optim.kfac_inverse import InverseKind, Inverter
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.samplescale import LossReduction
@@ -25,6 +27,8 @@ _CHOICES: dict[str, Any] = {
     "loss": LossKind,
     "loss_reduction": LossReduction,
     "rescale": Rescale,
+    "factors": Scope,
+    "placement_cost": Cost,
 }
 #: What a KFAC on a copy of the model has in common with this one, besides damping.
 _SHARED = (
@@ -70,6 +74,11 @@ class Options:
     factor_dtype: torch.dtype | None
     inverse_dtype: torch.dtype | None
     seed: int
+    factors: Scope
+    grad_worker_fraction: float
+    placement_cost: Cost
+    colocate: bool
+    stagger: bool
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -82,6 +91,8 @@ class Options:
             dtype = getattr(self, name)
             if dtype is not None and not dtype.is_floating_point:
                 raise ValueError(f"{name}={dtype}: must be a floating-point dtype")
+        if self.factors == "local" and not self.colocate:
+            raise ValueError("factors='local' needs colocate=True: A and G must be of the same samples")
         self.damping_at(0.0, 0)
         self.decay_at(0)
         period("factor_every", self.factor_every, 0)
