@@ -99,7 +99,7 @@ def _whole(factor_every: Schedule, inverse_every: Schedule) -> tuple[int, int]:
     periods = [every for every in (factor_every, inverse_every) if isinstance(every, int | float)]
     if len(periods) < 2 or any(every < 1 or not float(every).is_integer() for every in periods):
         raise ValueError(
-            f"factor_every={factor_every}, inverse_every={inverse_every}: with stagger=True, whole numbers only"
+            f"factor_every={factor_every}, inverse_every={inverse_every}: stagger needs whole numbers"
         )
     if periods[1] % periods[0]:
         raise ValueError(
