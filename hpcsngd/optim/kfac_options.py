@@ -13,6 +13,8 @@ from hpcsngd.optim.checks import check_choice, positive
 from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.fisher import Fisher, LossKind
 from hpcsngd.optim.gradients import Rescale
+from hpcsngd.optim.kaisa import Cost
+from hpcsngd.optim.kfac_exchange import Scope
 from hpcsngd.optim.kfac_inverse import InverseKind, Inverter
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.samplescale import LossReduction
@@ -27,6 +29,8 @@ _CHOICES: dict[str, Any] = {
     "loss": LossKind,
     "loss_reduction": LossReduction,
     "rescale": Rescale,
+    "factors": Scope,
+    "placement_cost": Cost,
 }
 #: What a KFAC on a copy of the model has in common with this one, besides damping.
 _SHARED = (
@@ -72,6 +76,11 @@ class Options:
     factor_dtype: torch.dtype | DtypeName | None
     inverse_dtype: torch.dtype | DtypeName | None
     seed: int
+    factors: Scope
+    grad_worker_fraction: float
+    placement_cost: Cost
+    colocate: bool
+    stagger: bool
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -86,6 +95,8 @@ class Options:
             raise ValueError(f"largest_factor={self.largest_factor}: must be at least 1")
         for name in ("dtype", "factor_dtype", "inverse_dtype"):
             as_dtype(name, getattr(self, name))
+        if self.factors == "local" and not self.colocate:
+            raise ValueError("factors='local' needs colocate=True: A and G must be of the same samples")
         self.damping_at(0.0, 0)
         self.decay_at(0)
         period("factor_every", self.factor_every, 0)
