@@ -471,6 +471,8 @@ def test_skipping() -> None:
     assert set(kfac.skipped) == {"1", "2", "3", "3.out_proj"}
     assert kfac.skipped["2"] == "a factor of 40 rows, more than largest_factor=30"
     assert "matches skip" in kfac.skipped["1"]
+    for name in ("3", "3.out_proj"):
+        assert kfac.skipped[name].startswith("its projections are applied inside one function")
     with pytest.raises(ValueError, match="no layer to precondition"):
         KFAC(nn.Sequential(nn.Linear(50, 40)), largest_factor=30)
     sparse = KFAC(nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2)))
