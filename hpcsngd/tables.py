@@ -227,6 +227,25 @@ _ALL = (
         ),
         doc="Approximate against exact preconditioned gradient on one batch; with diagnostics.grad_error.",
     ),
+    Table(
+        "quantify",
+        ("step",),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("norm_g", "float", "", "norm of the gradient g of all parameters"),
+            Column("norm_u", "float", "", "norm of u, what the preconditioner makes of it"),
+            Column("norm_ratio", "float", "", "norm_u over norm_g: the scaling"),
+            Column("q25", "float", "", "lower quartile of |u_i / g_i|"),
+            Column("q50", "float", "", "median of |u_i / g_i|"),
+            Column("q75", "float", "", "upper quartile of |u_i / g_i|"),
+            Column("cosine", "float", "", "cosine of the angle between u and g"),
+            Column("angle_deg", "float", "degrees", "that angle: the rotation"),
+            Column("entries", "int", "", "entries that the quartiles were taken over"),
+        ),
+        doc="How much is preconditioned; with diagnostics.quantify_every.",
+    ),
 )
 
 TABLES: dict[str, Table] = {table.name: table for table in _ALL}

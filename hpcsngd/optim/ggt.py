@@ -49,7 +49,6 @@ class GGT(Windowed):
         clip_value: largest absolute entry of the result.
         skip: modules whose parameters keep their plain gradient; needs a model.
         dtype: of window and products; default: the parameters', at least float32.
-        quantify_every: steps between measurements of scaling and rotation; 0 for never.
         profile: whether to time the phases.
 
     Raises:
@@ -76,7 +75,6 @@ class GGT(Windowed):
         clip_value: float | None = None,
         skip: Sequence[Skip] = (),
         dtype: torch.dtype | None = None,
-        quantify_every: int = 0,
         profile: bool = False,
     ) -> None:
         check_choice("storage", storage, ("dense", "sparse"))
@@ -96,7 +94,6 @@ class GGT(Windowed):
             skip=skip,
             scale=1.0,
             clip=Clip(clip_norm, clip_value),
-            quantify_every=quantify_every,
             profile=profile,
         )
         self._beta1, self._beta2, self._eps = beta1, beta2, eps

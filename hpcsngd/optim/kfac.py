@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,13 +24,15 @@ from hpcsngd.optim.checks import check_progress
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.gradients import KlClip, Rescale, layer_gradients, rescaled
+from hpcsngd.optim.kaisa import Cost, Grid, factor_cost, place
 from hpcsngd.optim.kfac_covering import find_covered
 from hpcsngd.optim.kfac_curvature import Curvature
-from hpcsngd.optim.kfac_exchange import sum_over_ranks
+from hpcsngd.optim.kfac_exchange import Reducer, Scope
 from hpcsngd.optim.kfac_inverse import InverseKind
 from hpcsngd.optim.kfac_layers import Sharing
-from hpcsngd.optim.kfac_options import Interval, Options
+from hpcsngd.optim.kfac_options import DtypeName, Options, as_dtype
 from hpcsngd.optim.kfac_stacks import Solved
+from hpcsngd.optim.kfac_timetable import Timetable
 from hpcsngd.optim.kfac_watch import Watch
 from hpcsngd.optim.records import (
     Communication,
@@ -49,6 +52,9 @@ logger = logging.getLogger(__name__)
 Observable = Literal["strength"]
 
 _STATE_FORMAT = "kfac/1"
+
+#: Multiplications of a matrix product that take as long as a decomposition, in side^3.
+DECOMPOSITION = {"eigen": 20, "cholesky": 2}
 
 
 class KFAC(Preconditioner):
@@ -80,11 +86,12 @@ class KFAC(Preconditioner):
     Args:
         model: the model, or its DistributedDataParallel wrapper (names are those inside it).
         inverse: ``"eigen"`` or ``"cholesky"``; see `hpcsngd.optim.kfac_inverse`.
-        pi_split: whether Cholesky's damping is split between A and G by their mean eigenvalues.
+        pi_split: whether Cholesky's damping is split between A and G by their mean eigenvalues; True
+            for eigen, which splits nothing.
         sharing: ``"expand"`` or ``"reduce"``; see `hpcsngd.optim.kfac_layers`.
         fisher: see above and `hpcsngd.optim.fisher`.
         loss: read where ``fisher`` is not empirical.
-        mc_samples: draws per sample for ``fisher="mc"``.
+        mc_samples: draws per sample; only for ``fisher="mc"``.
         damping: positive; a function of the step; or a decay by epochs (`DampingDecay`, or a mapping of its
             fields). Evaluated when inverses are computed and used until the next time.
         factor_every: steps between updates of the running factors, or a function of the step; 0: none.
@@ -102,10 +109,22 @@ class KFAC(Preconditioner):
         accumulation_steps: micro-batches per step.
         rescale: ``"none"``; ``"damping"``: damping * v; ``"norm"``: v with the plain gradient's norm.
         dtype: in which statistics are computed; default: float32, or float64 for float64 weights.
-        factor_dtype: of the running factors; default: ``dtype``.
+        factor_dtype: of the running factors, as a dtype or its name; default: ``dtype``.
         inverse_dtype: in which inverses are kept and applied; default: float32, or float64 for float64
             weights. They are computed in at least float32 whatever it is.
         seed: of the draws of ``fisher="mc"``.
+        factors: ``"all"``: of the samples of all ranks. ``"local"``: of one rank's samples, that which holds
+            the layer's factors: an estimate from 1/P of the batch that takes no communication and spreads
+            even the work of capturing over the ranks (DP-KFAC, Zhang et al., IEEE TCC 2022).
+        grad_worker_fraction: share of the ranks that precondition a layer: 1 (all of them), 0 (one of them),
+            or what divides their number evenly (`hpcsngd.optim.kaisa` states memory and bytes). Results do
+            not depend on it beyond rounding. Below 1, layers must have their gradients on all ranks alike,
+            as DistributedDataParallel leaves them.
+        placement_cost: what is evened out over the ranks: ``"compute"`` or ``"memory"``.
+        colocate: whether the same rank holds A and G of a layer; otherwise they are placed one by one.
+        stagger: whether to update some layers at each step instead of all of them every ``inverse_every``
+            steps (a whole multiple of ``factor_every``), so that no step but the first is slow
+            (`hpcsngd.optim.kfac_timetable`).
         communicator: does the exchange with other ranks; default: with all of them.
         profile: whether to time the phases (waits for the GPU at each).
         observe: ``"strength"`` for `hpcsngd.optim.records.LayerStrength`.
@@ -136,9 +155,14 @@ class KFAC(Preconditioner):
         accumulation_steps: int = 1,
         rescale: Rescale = "none",
         dtype: torch.dtype | None = None,
-        factor_dtype: torch.dtype | None = None,
-        inverse_dtype: torch.dtype | None = None,
+        factor_dtype: torch.dtype | DtypeName | None = None,
+        inverse_dtype: torch.dtype | DtypeName | None = None,
         seed: int = 0,
+        factors: Scope = "all",
+        grad_worker_fraction: float = 1.0,
+        placement_cost: Cost = "compute",
+        colocate: bool = True,
+        stagger: bool = False,
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
@@ -165,6 +189,11 @@ class KFAC(Preconditioner):
             factor_dtype=factor_dtype,
             inverse_dtype=inverse_dtype,
             seed=seed,
+            factors=factors,
+            grad_worker_fraction=grad_worker_fraction,
+            placement_cost=placement_cost,
+            colocate=colocate,
+            stagger=stagger,
         )
         unknown = sorted(set(observe) - set(get_args(Observable)))
         if unknown:
@@ -174,11 +203,20 @@ class KFAC(Preconditioner):
         self._layers, self.skipped = find_covered(self._model, skip, sharing, largest_factor)
         self._stopwatch, self._communicator = Stopwatch(profile), communicator or Communicator()
         self._watch = Watch(self._layers, self._stopwatch, dtype, pushes=fisher != "empirical")
+        grid = Grid.of_fraction(self._communicator.world_size, grad_worker_fraction)
+        self._roles = place(self._costs(), grid, colocate=colocate)
         self._curvature = Curvature(
-            self._layers, options.inverter(), self._communicator, factor_dtype, is_corrected=bias_correction
+            self._layers,
+            options.inverter(),
+            self._communicator,
+            grid,
+            self._roles,
+            dtype=dtype,
+            factor_dtype=as_dtype("factor_dtype", factor_dtype),
+            is_corrected=bias_correction,
         )
-        self._factor_interval = Interval("factor_every", factor_every)
-        self._inverse_interval = Interval("inverse_every", inverse_every)
+        names = [layer.name for layer in self._layers]
+        self._timetable = Timetable(names, factor_every, inverse_every, stagger=stagger)
         self._observes = frozenset(observe)
         self._strengths: dict[str, tuple[Tensor, float]] = {}
         self._progress: tuple[float, float] | None = None
@@ -246,7 +284,7 @@ class KFAC(Preconditioner):
         if self._watch.is_waiting:
             raise RuntimeError(f"fisher={self._options.fisher!r}: call before_backward(outputs) first")
         with torch.no_grad(), torch.autocast(self._layers[0].weight.device.type, enabled=False):
-            faults = self._update_factors(sample_scale, grad_scale) if self._watch.due else {}
+            faults = self._update_factors(sample_scale, grad_scale)
             refreshed, failed = self._invert()
             self._precondition()
         fallbacks = tuple(self._fall_back(*item) for item in {**faults, **failed}.items())
@@ -284,13 +322,15 @@ class KFAC(Preconditioner):
         return checks
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns step, progress, seed, damping, and every layer's factors and inverse."""
+        """Returns step, progress, damping, and every layer's factors and inverse.
+
+        Every rank must call it: each gives what it holds.
+        """
         return {
             "format": _STATE_FORMAT,
             "inverse": self._options.inverse,
             "step": self._step,
-            "last_factors": self._factor_interval.last,
-            "last_inverses": self._inverse_interval.last,
+            "timetable": self._timetable.state_dict(),
             "progress": self._progress,
             "damping": self._damping,
             "failures": self._failures,
@@ -309,8 +349,7 @@ class KFAC(Preconditioner):
             raise ValueError(f"state has inverse={state['inverse']!r}; this is {self._options.inverse!r}")
         self._curvature.load_state_dict(state["layers"])
         self._step, self._failures, self._damping = state["step"], state["failures"], state["damping"]
-        self._factor_interval.last = state["last_factors"]
-        self._inverse_interval.last = state["last_inverses"]
+        self._timetable.load_state_dict(state["timetable"])
         self._progress = None if state["progress"] is None else tuple(state["progress"])
         self._watch.clear()
         self._watch_if_due()
@@ -326,10 +365,20 @@ class KFAC(Preconditioner):
         self._curvature.clear()
         self._closed = True
 
+    def _costs(self) -> dict[str, list[int]]:
+        """Returns what each factor of each layer costs the rank that holds it."""
+        cost = self._options.placement_cost
+        return {
+            layer.name: [factor_cost(shape, cost) for shape in layer.factor_shapes()]
+            for layer in self._layers
+        }
+
     def _watch_if_due(self) -> None:
-        """Tells the hooks whether the coming step updates factors."""
-        is_due = self._factor_interval.is_due(self._step)
-        self._watch.due = frozenset(layer.name for layer in self._layers) if is_due else frozenset()
+        """Tells the hooks whose factors the coming step updates, as far as this rank's samples count."""
+        due = self._timetable.factors_due(self._step)
+        if self._options.factors == "local":
+            due = [name for name in due if self._roles[name].holders[0] == self._communicator.rank]
+        self._watch.due = frozenset(due)
         self._pushes = 0
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -340,6 +389,9 @@ class KFAC(Preconditioner):
 
     def _update_factors(self, sample_scale: float | None, grad_scale: float) -> dict[str, str]:
         """Adds what was captured to the running factors; returns whose could not be used, and why."""
+        due = frozenset(self._timetable.factors_due(self._step))
+        if not due:
+            return {}
         factor = self._scale.factor(sample_scale, grad_scale)
         if self._options.fisher == "empirical":
             self._scale.check_accumulation(sample_scale, self._watch.micro_batches)
@@ -348,23 +400,40 @@ class KFAC(Preconditioner):
             factor = _unscaled
         with self._stopwatch.phase("capture"):
             local = self._watch.take(factor)
+        layers = [layer for layer in self._layers if layer.name in due]
         with self._stopwatch.phase("reduce"):
-            summed = sum_over_ranks(self._communicator, local)
+            reducer = Reducer(self._communicator, layers, self._roles, self._options.factors)
+            reduced = reducer.reduce(local)
         with self._stopwatch.phase("capture"):
-            self._curvature.update(summed.statistics, self._options.decay_at(self._step))
-        if summed.statistics:
-            self._factor_interval.last = self._step
-        return summed.faults
+            self._curvature.update(reduced.names, reduced.means, self._options.decay_at(self._step))
+        if reduced.names:
+            self._timetable.factors_done(self._step)
+            if self._timetable.wants_costs:
+                self._timetable.set_costs(self._update_costs(reduced.inputs))
+        return reduced.faults
+
+    def _update_costs(self, inputs: Mapping[str, int]) -> dict[str, int]:
+        """Returns about how many multiplications an update of each layer's factors and inverse takes."""
+        decompose = DECOMPOSITION[self._options.inverse]
+        return {
+            layer.name: sum(
+                prod(shape) * (inputs.get(layer.name, 0) + decompose * shape[-1] if len(shape) == 3 else 1)
+                for shape in layer.factor_shapes()
+            )
+            for layer in self._layers
+        }
 
     def _invert(self) -> tuple[bool, dict[str, str]]:
-        """Computes the inverses if they are due; returns whether, and where that failed and why."""
-        if not (self._curvature.has_factors and self._inverse_interval.is_due(self._step)):
+        """Computes the inverses that are due; returns whether, and where that failed and why."""
+        known = self._curvature.known
+        due = [name for name in self._timetable.inverses_due(self._step) if name in known]
+        if not due:
             return False, {}
         damping = self._options.damping_at(self._progress[0] if self._progress else None, self._step)
         with self._stopwatch.phase("invert"):
-            failed = self._curvature.refresh([layer.name for layer in self._layers], damping)
+            failed = self._curvature.refresh(due, damping)
         self._damping = damping
-        self._inverse_interval.last = self._step
+        self._timetable.inverses_done(self._step)
         return True, failed
 
     def _precondition(self) -> None:
@@ -422,7 +491,7 @@ class KFAC(Preconditioner):
             fallbacks=fallbacks,
             method=self._options.inverse,
             strength=tuple(
-                LayerStrength(step, name, float(value), float(self._curvature.mean_eigenvalue(name)), damping)
+                LayerStrength(step, name, float(value), self._curvature.mean_eigenvalue(name), damping)
                 for name, (value, damping) in strengths.items()
             ),
         )

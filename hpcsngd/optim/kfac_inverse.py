@@ -119,6 +119,19 @@ _KINDS: dict[InverseKind, type[Inverse]] = {"eigen": EigenInverse, "cholesky": C
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one factor contributes to a layer's inverse.
+
+    Attributes:
+        tensors: eigenvectors (None of a diagonal) and eigenvalues; or the damped inverse.
+        jitter: the most that was added besides.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    jitter: float
+
+
+@dataclass(frozen=True)
 class Inverter:
     """Makes inverses of one kind.
 
@@ -132,63 +145,62 @@ class Inverter:
     pi_split: bool
     dtype: torch.dtype | None
 
-    def invert(self, factors: Sequence[Sequence[Tensor]], damping: float) -> list[Inverse | None]:
-        """Returns the inverse of every layer; None where a factor is not finite or cannot be decomposed.
+    def decompose(
+        self,
+        factors: Sequence[Tensor],
+        means: Sequence[Sequence[Tensor]],
+        sides: Sequence[int],
+        damping: float,
+    ) -> list[Part | None]:
+        """Returns what becomes of each factor; None where it is not finite or cannot be decomposed.
 
         Args:
-            factors: A and, where there is one, G of every layer, in at least float32.
+            factors: of any layers, in at least float32.
+            means: of each factor's layer: `mean_eigenvalues` of A and, where there is one, G.
+            sides: 0 for an A, 1 for a G.
             damping: lambda.
         """
-        find = self._eigen if self.kind == "eigen" else self._cholesky
-        return [None if found is None else self._stored(found) for found in find(factors, damping)]
-
-    def _stored(self, inverse: Inverse) -> Inverse:
-        if self.dtype is None:
-            return inverse
-        return replace(
-            inverse, tensors=tuple(None if t is None else t.to(self.dtype) for t in inverse.tensors)
-        )
-
-    def _eigen(self, factors: Sequence[Sequence[Tensor]], damping: float) -> list[Inverse | None]:
-        flat = [factor for of_layer in factors for factor in of_layer]
-        found = iter(eigh_each(flat))
-        result: list[Inverse | None] = []
-        for of_layer in factors:
-            parts = [next(found) for _ in of_layer]
-            good = [part for part in parts if part is not None]
-            # Without a G there are neither its eigenvectors nor its eigenvalues.
-            tensors = [tensor for part in good for tensor in part] + [None, None]
-            result.append(EigenInverse(tuple(tensors[:4]), damping, 0.0) if len(good) == len(parts) else None)
-        return result
-
-    def _cholesky(self, factors: Sequence[Sequence[Tensor]], damping: float) -> list[Inverse | None]:
+        if self.kind == "eigen":
+            return [None if found is None else Part(self._stored(found), 0.0) for found in eigh_each(factors)]
         shifted = [
-            _shifted(factor, shift)
-            for of_layer in factors
-            for factor, shift in zip(of_layer, self._shifts(of_layer, damping), strict=True)
+            _shifted(factor, self._shift(of_layer, side, damping).to(factor))
+            for factor, of_layer, side in zip(factors, means, sides, strict=True)
         ]
-        found = iter(inverse_each(shifted))
-        result: list[Inverse | None] = []
-        for of_layer in factors:
-            parts = [next(found) for _ in of_layer]
-            good = [part for part in parts if part is not None]
-            tensors = tuple([inverse for inverse, _ in good] + [None])[:2]
-            jitter = max((jitter for _, jitter in good), default=0.0)
-            result.append(CholeskyInverse(tensors, damping, jitter) if len(good) == len(parts) else None)
-        return result
+        return [
+            None if found is None else Part(self._stored(found[:1]), found[1])
+            for found in inverse_each(shifted)
+        ]
 
-    def _shifts(self, factors: Sequence[Tensor], damping: float) -> list[Tensor]:
-        """Returns what is added to the diagonals of A and G, ``(blocks,)`` each."""
-        a = factors[0]
-        if len(factors) == 1:
-            return [a.new_full((len(a),), damping)]
-        root = a.new_full((len(a),), math.sqrt(damping))
+    def assemble(self, parts: Sequence[Part], damping: float) -> Inverse:
+        """Returns a layer's inverse from the parts of A and, where there is one, G."""
+        count = len(parts[0].tensors)
+        tensors = [tensor for part in parts for tensor in part.tensors] + [None] * count
+        return _KINDS[self.kind](tuple(tensors[: 2 * count]), damping, max(part.jitter for part in parts))
+
+    def part_shapes(self, shape: Sequence[int]) -> list[Sequence[int] | None]:
+        """Returns the shapes of a part's tensors, for a factor of this shape; None for one that is not."""
+        if self.kind == "cholesky":
+            return [shape]
+        return [None if len(shape) == 2 else shape, (shape[0], shape[-1])]
+
+    def _stored(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.to(self.dtype or t.dtype) for t in tensors)
+
+    def _shift(self, means: Sequence[Tensor], side: int, damping: float) -> Tensor:
+        """Returns what is added to the diagonal of a Cholesky factor, ``(blocks,)``."""
+        if len(means) == 1:
+            return torch.full_like(means[0], damping)
+        root = torch.full_like(means[0], math.sqrt(damping))
         if not self.pi_split:
-            return [root, root]
-        means = [_diagonal(factor).mean(1) for factor in factors]
+            return root
         # A layer without inputs or without gradients has nothing to balance.
         pi = torch.where((means[0] > 0) & (means[1] > 0), means[0] / means[1], 1.0).sqrt()
-        return [root * pi, root / pi]
+        return root / pi if side else root * pi
+
+
+def mean_eigenvalues(factor: Tensor) -> Tensor:
+    """Returns the mean eigenvalue of every block of a factor, ``(blocks,)``."""
+    return _diagonal(factor).mean(1)
 
 
 def inverse_from_state(

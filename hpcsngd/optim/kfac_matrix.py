@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpcsngd.optim.kfac_layers import Call, CoveredLayer, Sharing, Statistic, check_aligned, second_moment
-from hpcsngd.optim.layers import PATCH_BYTES, Layer
+from hpcsngd.optim.layers import Layer
+from hpcsngd.optim.moments import gram
 
 
 def input_moment(layer: Layer, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``sum_ns x_ns x_ns^T``, ``(groups, d_in, d_in)``, bias included, from patches.
+    """Returns ``sum_ns x_ns x_ns^T``, ``(groups, d_in, d_in)``, bias included.
 
-    Patches are in memory for PATCH_BYTES at a time, or for one sample.
+    Convolutions without their patches where that is faster (`hpcsngd.optim.moments`).
 
     Args:
         layer: that was called.
@@ -22,32 +23,14 @@ def input_moment(layer: Layer, x: Tensor, output: Tensor, dtype: torch.dtype) ->
         output: the call's output (only its shape is read).
         dtype: of the result, and of what is computed.
     """
-    d_in = layer.row_sizes[0]
-    columns = d_in - int(layer.has_bias)
-    x, output = (_with_samples(layer, tensor) for tensor in (x, output))
-    moment = torch.zeros(layer.groups, d_in, d_in, dtype=dtype, device=x.device)
-    positions = layer.output_vectors(output[:1]).shape[3]
-    at_once = max(1, PATCH_BYTES // (layer.groups * columns * positions * dtype.itemsize))
-    for part in (slice(start, start + at_once) for start in range(0, len(x), at_once)):
-        vectors = _by_group(layer.input_vectors(x[part], output[part]).to(dtype))
-        moment[:, :columns, :columns].baddbmm_(vectors, vectors.mT)
-        if layer.has_bias:
-            moment[:, columns, :columns] += vectors.sum(2)
-    if layer.has_bias:
-        moment[:, :columns, columns] = moment[:, columns, :columns]
-        moment[:, columns, columns] = len(x) * positions
-    return moment
-
-
-def _with_samples(layer: Layer, x: Tensor) -> Tensor:
-    """Returns an input or output with samples first, of which there may be one without that dimension."""
-    dims = 2 if isinstance(layer.module, nn.Linear) else layer.module.weight.dim()
-    return x if x.dim() >= dims else x.unsqueeze(0)
-
-
-def _by_group(vectors: Tensor) -> Tensor:
-    """Returns ``(groups, d, n * positions)`` of ``(n, groups, d, positions)``."""
-    return vectors.permute(1, 2, 0, 3).flatten(2)
+    moment = layer.input_moment(x, output, dtype)
+    if not layer.has_bias:
+        return moment
+    sums, positions = layer.input_sums(x, output, dtype)
+    edge = sums.sum(0)
+    corner = edge.new_full((len(edge), 1, 1), len(sums) * positions)
+    upper = torch.cat([moment, edge.unsqueeze(2)], 2)
+    return torch.cat([upper, torch.cat([edge.unsqueeze(1), corner], 2)], 1)
 
 
 class ExpandedCall(Call):
@@ -63,8 +46,7 @@ class ExpandedCall(Call):
 
     def add_gradient(self, grad: Tensor) -> None:
         """See `Call.add_gradient`."""
-        vectors = _by_group(self._layer.output_vectors(grad).to(self._dtype))
-        moment = vectors @ vectors.mT
+        moment = gram(self._layer.output_vectors(grad).to(self._dtype))
         self.g = moment if self.g is None else self.g + moment
         self.gradients += 1
 

@@ -70,7 +70,6 @@ class MFAC(Windowed):
         skip: modules whose parameters keep their plain gradient; needs a model.
         dtype: of window and products; default: the parameters', at least float32.
         seed: of low-rank storage's first subspace.
-        quantify_every: steps between measurements of scaling and rotation; 0 for never.
         profile: whether to time the phases.
 
     Raises:
@@ -102,7 +101,6 @@ class MFAC(Windowed):
         skip: Sequence[Skip] = (),
         dtype: torch.dtype | None = None,
         seed: int = 0,
-        quantify_every: int = 0,
         profile: bool = False,
     ) -> None:
         check_choice("scale_rule", scale_rule, get_args(ScaleRule))
@@ -122,7 +120,6 @@ class MFAC(Windowed):
             skip=skip,
             scale=feedback_scale,
             clip=Clip(clip_norm, clip_value),
-            quantify_every=quantify_every,
             profile=profile,
         )
         positive("damping", damping, 0)

@@ -162,35 +162,6 @@ class LayerCheck:
 
 
 @dataclass(frozen=True)
-class Quantify:
-    """Scaling and rotation in one step.
-
-    Attributes:
-        step: calls of ``step()`` including this one.
-        norm_g: norm of the gradient.
-        norm_u: norm of the preconditioned gradient.
-        norm_ratio: ``norm_u / norm_g``.
-        q25: lower quartile of ``|u_i / g_i|`` over the entries with ``g_i != 0``; nan if there are none.
-        q50: median of it.
-        q75: upper quartile of it.
-        cosine: of the angle between u and g; nan where one of them is zero.
-        angle_deg: that angle, in degrees, 0..180.
-        entries: how many entries the quartiles were taken over.
-    """
-
-    step: int
-    norm_g: float
-    norm_u: float
-    norm_ratio: float
-    q25: float
-    q50: float
-    q75: float
-    cosine: float
-    angle_deg: float
-    entries: int
-
-
-@dataclass(frozen=True)
 class LayerStrength:
     """How much curvature changed one layer's gradient.
 
@@ -236,7 +207,6 @@ class StepRecord:
         kept: filled at refreshes of compressed methods.
         method: in use after this step; of the hybrid method, the one it uses now.
         switches: decisions of the hybrid method since the step before.
-        quantify: filled in the steps that were asked for, by methods that keep a window.
         strength: filled when observed, on every rank, for layers that have an inverse.
     """
 
@@ -255,5 +225,4 @@ class StepRecord:
     kept: tuple[Kept, ...] = ()
     method: str = ""
     switches: tuple[SwitchDecision, ...] = ()
-    quantify: tuple[Quantify, ...] = ()
     strength: tuple[LayerStrength, ...] = ()

@@ -55,7 +55,7 @@ class Shard:
 
     def total(self, partial: Tensor) -> Tensor:
         """Returns the sum over the ranks of what each has from its part, in float64."""
-        return self._communicator.sum_tensors("products", [partial.double()])[0]
+        return self._communicator.sum_tensor("products", partial.double())
 
     def join(self, part: Tensor) -> Tensor:
         """Returns the whole vector from every rank's part."""

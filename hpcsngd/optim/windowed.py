@@ -17,8 +17,7 @@ from hpcsngd.optim.base import Preconditioner, Schedule, value_at
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.flat import FlatGradients
 from hpcsngd.optim.history import History
-from hpcsngd.optim.quantify import quantify
-from hpcsngd.optim.records import Communication, Fallback, LayerCheck, Memory, PhaseTime, Quantify, StepRecord
+from hpcsngd.optim.records import Communication, Fallback, LayerCheck, Memory, PhaseTime, StepRecord
 from hpcsngd.optim.shard import Shard, cut_evenly
 from hpcsngd.optim.stopwatch import Stopwatch
 from hpcsngd.optim.stored import StoreRule, joined
@@ -104,7 +103,6 @@ class Windowed(Preconditioner):
         skip: see `choose_parameters`.
         scale: of a gradient as it is stored, such as the learning rate.
         clip: limits the result.
-        quantify_every: steps between measurements of how much is preconditioned; 0 for never.
         profile: whether to time the phases.
     """
 
@@ -120,13 +118,10 @@ class Windowed(Preconditioner):
         skip: Sequence[covering.Skip],
         scale: Schedule,
         clip: Clip,
-        quantify_every: int,
         profile: bool,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"num_grads={capacity}: must be at least 1")
-        if quantify_every < 0:
-            raise ValueError(f"quantify_every={quantify_every}: must be 0 (never) or positive")
         named, self.skipped = choose_parameters(parameters, skip)
         self._flat = FlatGradients(named)
         self._dtype = dtype or torch.promote_types(named[0][1].dtype, torch.float32)
@@ -143,7 +138,6 @@ class Windowed(Preconditioner):
         )
         self._ring = Ring(capacity, self._flat.device)
         self._scale, self._clip = scale, clip
-        self._quantify_every = quantify_every
         self._stopwatch = Stopwatch(profile)
         self._step = self._failures = self._jittered = 0
         self._is_closed = False
@@ -190,18 +184,14 @@ class Windowed(Preconditioner):
                 self._ring.set_row(self._shard.total(row))
             failure = "the Gram matrix could not be factorized"
             result = self._direction(gradient)
-        measured: tuple[Quantify, ...] = ()
         if result is None:
             self._failures += 1
             logger.warning("step %d: %s; the plain gradient is used", self._step + 1, failure)
         else:
-            with phase("update"):
-                result = self._clip(result)
-                if self._quantify_every and self._step % self._quantify_every == 0:
-                    measured = (quantify(self._step + 1, gradient, result),)
-                self._flat.write(result)
+            with phase("precondition"):
+                self._flat.write(self._clip(result))
         self._step += 1
-        self._record = self._make_record("" if result is not None else failure, measured)
+        self._record = self._make_record("" if result is not None else failure)
 
     def _products(self, vector: Tensor) -> Tensor:
         """Returns ``G x`` of a whole vector, in float64."""
@@ -228,7 +218,7 @@ class Windowed(Preconditioner):
     def _damping(self) -> float:
         """Returns what is added to the curvature in the coming step."""
 
-    def _make_record(self, failure: str, measured: tuple[Quantify, ...]) -> StepRecord:
+    def _make_record(self, failure: str) -> StepRecord:
         step = self._step
         phases = tuple(PhaseTime(step, name, seconds) for name, seconds in self._stopwatch.take().items())
         held = self._store.memory() | {"gram": self._ring.memory_bytes()}
@@ -243,7 +233,6 @@ class Windowed(Preconditioner):
             communication=tuple(Communication(step, *which, *amount) for which, amount in traffic),
             memory=tuple(Memory(step, kind, size) for kind, size in held.items()),
             fallbacks=(Fallback(step, ALL, failure),) if failure else (),
-            quantify=measured,
         )
 
     def state_dict(self) -> dict[str, Any]:

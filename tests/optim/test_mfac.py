@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from hpcsngd.optim.ggt import GGT
 from hpcsngd.optim.mfac import MFAC
+from hpcsngd.optim.quantify import SAMPLED_ENTRIES, quantify
 from hpcsngd.optim.shard import cut_evenly
 from hpcsngd.optim.windowed import Windowed
 from tests.ranks import run_on_ranks
@@ -282,7 +284,6 @@ def test_a_parameter_without_gradient_keeps_none() -> None:
         ({"skip": ["BatchNorm2d"]}, "needs the model"),
         ({"storage": "lowrank", "low_rank": 0}, "low_rank=0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
-        ({"quantify_every": -1}, "quantify_every=-1"),
     ],
 )
 def test_what_is_refused(arguments: dict[str, Any], words: str) -> None:
@@ -417,28 +418,46 @@ def test_verify_finds_the_equation_solved_and_more_than_damping(name: str) -> No
 
 def test_records() -> None:
     params = parameters()
-    method = MFAC(params, 3, damping=DAMPING, quantify_every=2, profile=True)
-    seen = []
+    method = MFAC(params, 3, damping=DAMPING, profile=True)
     for gradient in gradients(3):
-        found = stepped(method, params, gradient)
-        record = method.diagnostics()
-        seen.append(len(record.quantify))
-        if record.quantify:
-            (measured,) = record.quantify
-            assert measured.norm_ratio == pytest.approx(float(found.norm() / gradient.norm()))
-            cosine = torch.nn.functional.cosine_similarity(found, gradient, dim=0)
-            assert measured.cosine == pytest.approx(float(cosine))
-            assert measured.angle_deg == pytest.approx(float(torch.rad2deg(torch.acos(cosine))))
-            ratios = (found / gradient).abs()
-            assert measured.q50 == pytest.approx(float(ratios.quantile(0.5)))
-    assert seen == [1, 0, 1]
-    assert record.step == 3
+        stepped(method, params, gradient)
+    record = method.diagnostics()
+    assert (record.step, record.damping, record.failures) == (3, DAMPING, 0)
     assert {item.kind: item.size_bytes for item in record.memory} == {
         "window": 8 * 3 * SIZE,
         "error": 0,
         "gram": 8 * 9,
     }
     assert {item.phase for item in record.phases} >= {"compress", "products", "factorise", "precondition"}
+
+
+def test_scaling_and_rotation() -> None:
+    g, u = gradients(2)
+    found = quantify(g, u)
+    assert found.norm_ratio == pytest.approx(float(u.norm() / g.norm()))
+    cosine = torch.nn.functional.cosine_similarity(u, g, dim=0)
+    assert found.cosine == pytest.approx(float(cosine))
+    assert found.angle_deg == pytest.approx(float(torch.rad2deg(torch.acos(cosine))))
+    quartiles = (u / g).abs().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    assert (found.q25, found.q50, found.q75) == pytest.approx(tuple(quartiles.tolist()))
+    assert found.entries == SIZE
+
+
+def test_scaling_where_gradients_are_zero() -> None:
+    g = torch.tensor([0.0, 2.0, 0.0, -1.0])
+    found = quantify(g, 3 * g)
+    assert (found.q25, found.q50, found.q75, found.entries) == (3, 3, 3, 2)
+    assert found.angle_deg == pytest.approx(0, abs=1e-5)
+    nothing = quantify(torch.zeros(4), g)
+    assert nothing.entries == 0
+    assert all(map(math.isnan, (nothing.q50, nothing.cosine, nothing.angle_deg, nothing.norm_ratio)))
+
+
+def test_quartiles_of_long_vectors_are_of_a_sample() -> None:
+    g = torch.ones(3 * SAMPLED_ENTRIES)
+    found = quantify(g, torch.arange(len(g)) / len(g))
+    assert found.entries == SAMPLED_ENTRIES
+    assert found.q50 == pytest.approx(0.5, abs=1e-4)
 
 
 def test_a_closed_preconditioner_does_nothing_more() -> None:

@@ -188,6 +188,22 @@ def test_diagnostics_write_their_tables(tmp_path: Path) -> None:
     assert all(row["size_bytes"] > 0 for row in rows(run, "memory"))
 
 
+WINDOWS = {
+    "mfac": {"preconditioner": "{name: mfac, num_grads: 8, damping: 0.1}"},
+    "sparse mfac": {"preconditioner": "{name: mfac, num_grads: 8, damping: 0.1, storage: sparse}"},
+    "ggt": {"preconditioner": "{name: ggt, num_grads: 8, eps: 0.1}"},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_train_and_say_how_much_they_precondition(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path, epochs=1, **WINDOWS[name], **{"diagnostics.quantify_every": "5"})
+    assert train(run)
+    measured = rows(run, "quantify")
+    assert [row["step"] for row in measured] == [1, 6, 11]
+    assert all(0 <= row["angle_deg"] <= 180 and row["norm_u"] > 0 for row in measured)
+
+
 def test_profiling_and_norms_need_no_preconditioner(tmp_path: Path) -> None:
     run = make_run(tmp_path, epochs=1, **{"diagnostics.profiling": "true", "diagnostics.grad_norm": "true"})
     assert train(run)
