@@ -206,7 +206,70 @@ class HyLo(Strict):
         return self
 
 
-Preconditioner = Annotated[HyLo, Field(discriminator="name")]
+Precision = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class KFAC(Strict):
+    """hpcsngd.optim.KFAC."""
+
+    name: Literal["kfac"]
+    inverse: Literal["eigen", "cholesky"] = "eigen"
+    """Exact damping by eigenvectors, or factored damping by Cholesky."""
+    pi_split: bool = True
+    """Split cholesky's damping between the factors by their mean eigenvalues."""
+    sharing: Literal["expand", "reduce"] = "expand"
+    """Whether positions (pixels, tokens) count one by one, or summed up for each sample."""
+    fisher: Literal["empirical", "mc", "type-2"] = "empirical"
+    """Gradients of the true targets, of drawn ones, or the generalized Gauss-Newton matrix."""
+    mc_samples: int = Field(default=1, ge=1)
+    """Draws per sample for mc; each costs a backward pass at an update of the factors."""
+    damping: Damping = 0.03
+    """Added to the eigenvalues of the Kronecker product: a number, or a decay by epochs."""
+    factor_every: int = Field(default=10, ge=0)
+    """Steps between updates of the factors; 0: none."""
+    inverse_every: int = Field(default=10, ge=0)
+    """Steps between recomputations of the inverses; 0 switches K-FAC off."""
+    factor_decay: float = Field(default=0.95, ge=0, lt=1)
+    """Weight of the old factors in the running average."""
+    bias_correction: bool = True
+    """Correct the running average for its start."""
+    kl_clip: float | None = Field(default=None, gt=0)
+    """Bound on the step in the metric of the curvature; null: none."""
+    rescale: Literal["none", "damping", "norm"] = "none"
+    """Multiply by the damping, or graft the plain gradient's norm, so that one learning rate serves all."""
+    largest_factor: int | None = Field(default=None, ge=1)
+    """Leave layers with a factor of more rows to the optimizer alone; null: none."""
+    factor_dtype: Precision | None = None
+    """Type of the running factors; null: as computed, float32."""
+    inverse_dtype: Precision | None = None
+    """Type of the inverses; null: as computed, float32."""
+    factors: Literal["all", "local"] = "all"
+    """Factors of all ranks' samples, or of one rank's for each layer, which takes no communication."""
+    grad_worker_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Share of the ranks that precondition a layer: 1 all, 0 one of them, or what divides them evenly."""
+    placement_cost: Literal["compute", "memory"] = "compute"
+    """What is evened out over the ranks."""
+    colocate: bool = True
+    """Let one rank hold both factors of a layer."""
+    stagger: bool = False
+    """Update some layers at each step instead of all of them every `inverse_every` steps."""
+    skip: list[str] = Field(default_factory=list)
+    """Regular expressions of module names that are left to the optimizer alone."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> KFAC:
+        if self.mc_samples != 1 and self.fisher != "mc":
+            raise ValueError(f"mc_samples belongs to fisher mc, not {self.fisher}")
+        if not self.pi_split and self.inverse != "cholesky":
+            raise ValueError(f"pi_split belongs to inverse cholesky, not {self.inverse}")
+        if self.factors == "local" and not self.colocate:
+            raise ValueError("factors: local needs colocate: true")
+        if self.stagger and (not self.factor_every or self.inverse_every % self.factor_every):
+            raise ValueError("with stagger, factor_every must divide inverse_every")
+        return self
+
+
+Preconditioner = Annotated[HyLo | KFAC, Field(discriminator="name")]
 
 
 class Schedule(Strict):

@@ -30,7 +30,7 @@ from hpcsngd.optim.kfac_curvature import Curvature
 from hpcsngd.optim.kfac_exchange import Reducer, Scope
 from hpcsngd.optim.kfac_inverse import InverseKind
 from hpcsngd.optim.kfac_layers import Sharing
-from hpcsngd.optim.kfac_options import Options
+from hpcsngd.optim.kfac_options import DtypeName, Options, as_dtype
 from hpcsngd.optim.kfac_stacks import Solved
 from hpcsngd.optim.kfac_timetable import Timetable
 from hpcsngd.optim.kfac_watch import Watch
@@ -86,11 +86,12 @@ class KFAC(Preconditioner):
     Args:
         model: the model, or its DistributedDataParallel wrapper (names are those inside it).
         inverse: ``"eigen"`` or ``"cholesky"``; see `hpcsngd.optim.kfac_inverse`.
-        pi_split: whether Cholesky's damping is split between A and G by their mean eigenvalues.
+        pi_split: whether Cholesky's damping is split between A and G by their mean eigenvalues; True
+            for eigen, which splits nothing.
         sharing: ``"expand"`` or ``"reduce"``; see `hpcsngd.optim.kfac_layers`.
         fisher: see above and `hpcsngd.optim.fisher`.
         loss: read where ``fisher`` is not empirical.
-        mc_samples: draws per sample for ``fisher="mc"``.
+        mc_samples: draws per sample; only for ``fisher="mc"``.
         damping: positive; a function of the step; or a decay by epochs (`DampingDecay`, or a mapping of its
             fields). Evaluated when inverses are computed and used until the next time.
         factor_every: steps between updates of the running factors, or a function of the step; 0: none.
@@ -108,7 +109,7 @@ class KFAC(Preconditioner):
         accumulation_steps: micro-batches per step.
         rescale: ``"none"``; ``"damping"``: damping * v; ``"norm"``: v with the plain gradient's norm.
         dtype: in which statistics are computed; default: float32, or float64 for float64 weights.
-        factor_dtype: of the running factors; default: ``dtype``.
+        factor_dtype: of the running factors, as a dtype or its name; default: ``dtype``.
         inverse_dtype: in which inverses are kept and applied; default: float32, or float64 for float64
             weights. They are computed in at least float32 whatever it is.
         seed: of the draws of ``fisher="mc"``.
@@ -154,8 +155,8 @@ class KFAC(Preconditioner):
         accumulation_steps: int = 1,
         rescale: Rescale = "none",
         dtype: torch.dtype | None = None,
-        factor_dtype: torch.dtype | None = None,
-        inverse_dtype: torch.dtype | None = None,
+        factor_dtype: torch.dtype | DtypeName | None = None,
+        inverse_dtype: torch.dtype | DtypeName | None = None,
         seed: int = 0,
         factors: Scope = "all",
         grad_worker_fraction: float = 1.0,
@@ -211,7 +212,7 @@ class KFAC(Preconditioner):
             grid,
             self._roles,
             dtype=dtype,
-            factor_dtype=factor_dtype,
+            factor_dtype=as_dtype("factor_dtype", factor_dtype),
             is_corrected=bias_correction,
         )
         names = [layer.name for layer in self._layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,6 +19,8 @@ from hpcsngd.optim.kfac_inverse import InverseKind, Inverter
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.samplescale import LossReduction
 from hpcsngd.optim.schedules import DampingDecay
+
+DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 _CHOICES: dict[str, Any] = {
     "inverse": InverseKind,
@@ -71,8 +73,8 @@ class Options:
     accumulation_steps: int
     rescale: Rescale
     dtype: torch.dtype | None
-    factor_dtype: torch.dtype | None
-    inverse_dtype: torch.dtype | None
+    factor_dtype: torch.dtype | DtypeName | None
+    inverse_dtype: torch.dtype | DtypeName | None
     seed: int
     factors: Scope
     grad_worker_fraction: float
@@ -85,12 +87,14 @@ class Options:
             check_choice(name, getattr(self, name), get_args(allowed))
         if self.mc_samples < 1:
             raise ValueError(f"mc_samples={self.mc_samples}: must be at least 1")
+        if self.mc_samples != 1 and self.fisher != "mc":
+            raise ValueError(f"mc_samples={self.mc_samples}: fisher={self.fisher!r} draws nothing")
+        if not self.pi_split and self.inverse != "cholesky":
+            raise ValueError(f"pi_split=False: inverse={self.inverse!r} has nothing to split")
         if self.largest_factor is not None and self.largest_factor < 1:
             raise ValueError(f"largest_factor={self.largest_factor}: must be at least 1")
         for name in ("dtype", "factor_dtype", "inverse_dtype"):
-            dtype = getattr(self, name)
-            if dtype is not None and not dtype.is_floating_point:
-                raise ValueError(f"{name}={dtype}: must be a floating-point dtype")
+            as_dtype(name, getattr(self, name))
         if self.factors == "local" and not self.colocate:
             raise ValueError("factors='local' needs colocate=True: A and G must be of the same samples")
         self.damping_at(0.0, 0)
@@ -100,7 +104,7 @@ class Options:
 
     def inverter(self) -> Inverter:
         """Returns what makes inverses."""
-        return Inverter(self.inverse, self.pi_split, self.inverse_dtype)
+        return Inverter(self.inverse, self.pi_split, as_dtype("inverse_dtype", self.inverse_dtype))
 
     def damping_at(self, epoch: float | None, step: int) -> float:
         """Returns the damping of a refresh; ``epoch`` is read where damping follows epochs."""
@@ -127,6 +131,14 @@ class Options:
     def on_a_copy(self, damping: float) -> dict[str, Any]:
         """Returns the arguments of a KFAC that shows on a copy of the model what this one does now."""
         return {"damping": damping} | {name: getattr(self, name) for name in _SHARED}
+
+
+def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Returns the floating-point dtype that is meant; raises ValueError where none is."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"{name}={dtype}: must be a floating-point dtype")
+    return found
 
 
 def period(name: str, every: Schedule, step: int) -> float:

@@ -176,6 +176,8 @@ class Trainer:
             with devices.autocast(self._config.precision, parts.device):
                 outputs = parts.trained(images)
             loss = self._summed_loss(outputs, labels, self._config.loss.label_smoothing)
+        if parts.preconditioner is not None:
+            parts.preconditioner.before_backward(outputs)
         with self._stopwatch.phase("backward"):
             scaled: Tensor = parts.scaler.scale(loss * parts.strategy.loss_factor(size))
             scaled.backward()  # type: ignore[no-untyped-call]
