@@ -12,6 +12,7 @@ from hpcsngd.optim.dropin import PreconditionedSGD as PreconditionedSGD
 from hpcsngd.optim.hybrid import SwitchRule as SwitchRule
 from hpcsngd.optim.hylo import HyLo as HyLo
 from hpcsngd.optim.kfac import KFAC as KFAC
+from hpcsngd.optim.kfac_variants import get_kfac as get_kfac
 from hpcsngd.optim.records import LayerCheck as LayerCheck
 from hpcsngd.optim.records import StepRecord as StepRecord
 from hpcsngd.optim.schedules import DampingDecay as DampingDecay

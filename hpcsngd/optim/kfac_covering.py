@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from torch import nn
@@ -12,6 +12,12 @@ from hpcsngd.optim.kfac_layers import CoveredLayer, Sharing
 from hpcsngd.optim.kfac_matrix import MatrixLayer
 from hpcsngd.optim.kfac_units import EmbeddingLayer, Norm, NormLayer
 from hpcsngd.optim.layers import CoveredModule, Layer
+
+#: torch.nn.MultiheadAttention hands its weights to one function that does everything: neither it nor the
+#: module `out_proj` is called at a projection, so no hook sees what goes in and comes out.
+_ATTENTION = (
+    "its projections are applied inside one function of torch; as Linear layers they would be covered"
+)
 
 
 def find_covered(
@@ -31,6 +37,7 @@ def find_covered(
     """
     kinds = (*get_args(CoveredModule), nn.Embedding, *get_args(Norm))
     modules, skipped = find_modules(model, skip, kinds)
+    skipped.update(_attention(model, skipped))
     layers = []
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
@@ -55,3 +62,14 @@ def _covered(name: str, module: nn.Module, sharing: Sharing) -> CoveredLayer:
     if isinstance(module, CoveredModule):
         return MatrixLayer(Layer(name, module, has_trained_bias(module)), sharing)
     raise TypeError(f"{type(module).__name__} has no factors")
+
+
+def _attention(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
+    """Returns the reason for every attention module and its output projection, unless the user skips them."""
+    names = [
+        part
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for part in (name, f"{name}.out_proj" if name else "out_proj")
+    ]
+    return {name: _ATTENTION for name in names if "not supported" in skipped.get(name, "")}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hpcsngd import optim
 from hpcsngd.optim import KFAC
+from hpcsngd.optim.kfac_variants import VARIANTS
 from tests.optim import models, oracle
 from tests.optim.kfac_tools import backward, gradients, kept_factors
 
@@ -470,6 +471,8 @@ def test_skipping() -> None:
     assert set(kfac.skipped) == {"1", "2", "3", "3.out_proj"}
     assert kfac.skipped["2"] == "a factor of 40 rows, more than largest_factor=30"
     assert "matches skip" in kfac.skipped["1"]
+    for name in ("3", "3.out_proj"):
+        assert kfac.skipped[name].startswith("its projections are applied inside one function")
     with pytest.raises(ValueError, match="no layer to precondition"):
         KFAC(nn.Sequential(nn.Linear(50, 40)), largest_factor=30)
     sparse = KFAC(nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2)))
@@ -503,6 +506,26 @@ def test_skipping() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KFAC(models.mlp(), **options)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_by_name(name: str) -> None:
+    """On one rank they are two methods: whose samples and who sends what does not matter there."""
+    results = []
+    for build in (optim.get_kfac(name), lambda model, **options: KFAC(model, **VARIANTS[name], **options)):
+        model = models.mlp()
+        kfac = build(model, damping=DAMPING)
+        backward(model)
+        kfac.step()
+        assert kfac.diagnostics().method == ("eigen" if name.startswith("eigen") else "cholesky")
+        results.append(gradients(model))
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_unknown_variants_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown K-FAC variant 'kaisa'; known: eigen, inverse, eigen_dp"):
+        optim.get_kfac("kaisa")
 
 
 class Misaligned(nn.Module):

@@ -112,6 +112,31 @@ def test_embedding_and_layer_norm(options: dict[str, Any], inverse: str) -> None
         assert check.strength > 0.01
 
 
+class Attention(nn.Module):
+    """Self-attention of two heads whose projections are layers, with a residual and a mean over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_key_value, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.query_key_value(x).unflatten(2, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*heads.unbind(0))
+        return (x + self.out(mixed.transpose(1, 2).flatten(2))).mean(1)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("inverse", INVERSES)
+def test_attention_projections(inverse: str, sharing: Any) -> None:
+    model = models.seeded(Attention)
+    kfac = KFAC(model, damping=0.001, sharing=sharing, **INVERSES[inverse])
+    checks = {check.layer: check for check in kfac.verify(oracle.batch(model, (6, 3, 4)), half_squares)}
+    assert set(checks) == {"query_key_value", "out"}
+    for check in checks.values():
+        assert check.error < TOLERANCE
+        assert check.strength > 0.01
+
+
 NORMS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "batch norm 1d": (lambda: nn.BatchNorm1d(4), (4,)),
     "batch norm 1d, positions": (lambda: nn.BatchNorm1d(4), (4, 5)),
