@@ -237,22 +237,22 @@ class KFAC(Strict):
     """Bound on the step in the metric of the curvature; null: none."""
     rescale: Literal["none", "damping", "norm"] = "none"
     """Multiply by the damping, or graft the plain gradient's norm, so that one learning rate serves all."""
-    factors: Literal["all", "local"] = "all"
-    """Factors of the samples of all ranks, or of the one rank's that holds them (no communication)."""
-    grad_worker_fraction: float = Field(default=1.0, ge=0, le=1)
-    """Share of the ranks that precondition a layer: 1 sends inverses to all, 0 has one send gradients."""
-    placement_cost: Literal["compute", "memory"] = "compute"
-    """What is evened out over the ranks."""
-    colocate: bool = True
-    """Keep both factors of a layer on the same rank."""
-    stagger: bool = False
-    """Update some layers at each step, each once in inverse_every steps, so that no step is slow."""
     largest_factor: int | None = Field(default=None, ge=1)
     """Leave layers with a factor of more rows to the optimizer alone; null: none."""
     factor_dtype: Precision | None = None
     """Type of the running factors; null: as computed, float32."""
     inverse_dtype: Precision | None = None
     """Type of the inverses; null: as computed, float32."""
+    factors: Literal["all", "local"] = "all"
+    """Factors of all ranks' samples, or of one rank's for each layer, which takes no communication."""
+    grad_worker_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Share of the ranks that precondition a layer: 1 all, 0 one of them, or what divides them evenly."""
+    placement_cost: Literal["compute", "memory"] = "compute"
+    """What is evened out over the ranks."""
+    colocate: bool = True
+    """Let one rank hold both factors of a layer."""
+    stagger: bool = False
+    """Update some layers at each step instead of all of them every `inverse_every` steps."""
     skip: list[str] = Field(default_factory=list)
     """Regular expressions of module names that are left to the optimizer alone."""
 
@@ -263,7 +263,9 @@ class KFAC(Strict):
         if not self.pi_split and self.inverse != "cholesky":
             raise ValueError(f"pi_split belongs to inverse cholesky, not {self.inverse}")
         if self.factors == "local" and not self.colocate:
-            raise ValueError("factors local needs colocate: both factors must be of the same samples")
+            raise ValueError("factors: local needs colocate: true")
+        if self.stagger and (not self.factor_every or self.inverse_every % self.factor_every):
+            raise ValueError("with stagger, factor_every must divide inverse_every")
         return self
 
 

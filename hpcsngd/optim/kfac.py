@@ -281,7 +281,7 @@ class KFAC(Preconditioner):
         wanting = self._options.needs_progress()
         if self._progress is None and wanting:
             raise RuntimeError(f"{wanting}: call set_progress(epoch, lr) before step()")
-        if self._watch.is_waiting:
+        if self._watch.is_waiting and not self._watch.micro_batches:
             raise RuntimeError(f"fisher={self._options.fisher!r}: call before_backward(outputs) first")
         with torch.no_grad(), torch.autocast(self._layers[0].weight.device.type, enabled=False):
             faults = self._update_factors(sample_scale, grad_scale)

@@ -102,10 +102,8 @@ class CholeskyInverse(Inverse):
 
     def solve(self, blocks: Tensor) -> Tensor:
         """See `Inverse.solve`."""
-        a, g = self.tensors
+        a, g = self.present[0], self.tensors[1]
         result = blocks if g is None else g @ blocks
-        if a is None:
-            return result
         return result * a.unsqueeze(1) if a.dim() == 2 else result @ a
 
 
