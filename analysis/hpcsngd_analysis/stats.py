@@ -60,3 +60,39 @@ def not_finite(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
     bad = table[~np.isfinite(table[column])]
     grouped = bad.groupby("run", sort=False)["step"]
     return pd.DataFrame({"rows": grouped.size(), "first_step": grouped.min()})
+
+
+def time_to_target(evaluation: pd.DataFrame, target: float, split: str = "test") -> pd.DataFrame:
+    """Returns when each run first reached an accuracy, with runs that never did as censored.
+
+    Between the last evaluation below the target and the first at or above it, accuracy is taken to rise
+    linearly, so that the answer is not a whole number of evaluations. A first evaluation that is already at
+    the target counts as the time.
+
+    Args:
+        evaluation: the table ``eval``, ordered by step within a run.
+        target: accuracy, a share.
+        split: which data: ``test`` or ``validation``.
+
+    Returns:
+        Index ``run``; ``reached`` (bool); ``epochs`` and ``train_s`` (s) until the target. Where it was not
+        reached these are the last evaluation's: the true values are larger.
+    """
+    rows = evaluation[evaluation["split"] == split]
+    found = {run: _crossing(frame, target) for run, frame in rows.groupby("run", sort=False)}
+    columns = ["reached", "epochs", "train_s"]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("run")
+
+
+def _crossing(rows: pd.DataFrame, target: float) -> tuple[bool, float, float]:
+    """Returns whether one run reached the target, and epochs and training seconds until then."""
+    accuracy, epoch, train_s = (rows[name].to_numpy(float) for name in ("accuracy", "epoch", "train_s"))
+    above = np.flatnonzero(accuracy >= target)
+    if not above.size:
+        return False, epoch[-1], train_s[-1]
+    at = above[0]
+    if at == 0 or np.isnan(accuracy[at - 1]):
+        return True, epoch[at], train_s[at]
+    share = (target - accuracy[at - 1]) / (accuracy[at] - accuracy[at - 1])
+    between = [float(values[at - 1] + share * (values[at] - values[at - 1])) for values in (epoch, train_s)]
+    return True, between[0], between[1]
