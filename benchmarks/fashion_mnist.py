@@ -1,10 +1,10 @@
-"""HyLo against SGD on Fashion-MNIST: tune on held-out training images, train on all, compare on the test set.
+"""HyLo against SGD on Fashion-MNIST: tune on held-out training images, train on all, compare on test images.
 
-Run: ``python -m benchmarks.fashion_mnist grid|runs|table FOLDER``. ``grid`` trains every cell of every method's
-grid on one tuning seed and prints the cells chosen; their settings belong into ``jobs/``. ``runs`` trains the
-experiments of ``jobs/`` on the seeds of the study, ``table`` compares them. The study itself (methods, grids,
-seeds, target) is ``benchmarks/fashion_mnist.yaml``. Cells that have ended are skipped when a command is repeated;
-every cell is an ordinary run directory.
+Run: ``python -m benchmarks.fashion_mnist grid|runs|table FOLDER``. ``grid`` trains every cell of every
+method's grid on one tuning seed and prints which are chosen; their settings belong into ``jobs/``. ``runs``
+trains the experiments of ``jobs/`` on the seeds of the study, ``table`` compares them. Methods, grids, seeds
+and target are in ``benchmarks/fashion_mnist.yaml``. Cells that have ended are skipped when a command is
+repeated; every cell is an ordinary run directory.
 """
 
 from __future__ import annotations
@@ -105,12 +105,12 @@ def grid_cells(study: Study, data_root: Path) -> list[Cell]:
 
 def run_cells(study: Study) -> list[Cell]:
     """Returns the runs to compare, methods by turns, beginning with another method for each seed."""
-    cells = []
-    for turn, seed in enumerate(study.seeds):
-        start = turn % len(study.methods)
-        for method in study.methods[start:] + study.methods[:start]:
-            cells.append(Cell(method.label, method.experiment, {}, {**study.every, "seed": seed}))
-    return cells
+    count = len(study.methods)
+    return [
+        Cell(method.label, method.experiment, {}, {**study.every, "seed": seed})
+        for turn, seed in enumerate(study.seeds)
+        for method in itertools.islice(itertools.cycle(study.methods), turn % count, turn % count + count)
+    ]
 
 
 def ended_run(folder: Path, cell: Cell) -> RunDir | None:
@@ -185,9 +185,12 @@ def _table(study: Study, folder: Path) -> None:
     found = [(cell, ended_run(folder / "runs", cell)) for cell in cells]
     missing = [str(cell) for cell, run in found if run is None]
     ended = [(cell, run) for cell, run in found if run is not None]
+    if not ended:
+        raise SystemExit(f"no run of the study has ended in {folder / 'runs'}: start them with `runs`")
     outcomes = numbers.outcomes([run for _, run in ended], study.target)
     outcomes.insert(0, "method", [cell.label for cell, _ in ended])
     outcomes.insert(1, "seed", [cell.sets["seed"] for cell, _ in ended])
+    outcomes.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
     print(numbers.render(outcomes, study.target))
     if missing:
         print(f"not run yet: {', '.join(missing)}")
