@@ -181,7 +181,8 @@ def _grid(study: Study, folder: Path, source: Path) -> None:
 
 
 def _table(study: Study, folder: Path) -> None:
-    cells = run_cells(study)
+    order = [method.label for method in study.methods]
+    cells = sorted(run_cells(study), key=lambda cell: order.index(cell.label))
     found = [(cell, ended_run(folder / "runs", cell)) for cell in cells]
     missing = [str(cell) for cell, run in found if run is None]
     ended = [(cell, run) for cell, run in found if run is not None]
@@ -191,7 +192,7 @@ def _table(study: Study, folder: Path) -> None:
     outcomes.insert(0, "method", [cell.label for cell, _ in ended])
     outcomes.insert(1, "seed", [cell.sets["seed"] for cell, _ in ended])
     outcomes.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
-    print(numbers.render(outcomes, study.target))
+    print(numbers.render(outcomes, study.target, order[0]))
     if missing:
         print(f"not run yet: {', '.join(missing)}")
 

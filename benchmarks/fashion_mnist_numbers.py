@@ -119,22 +119,23 @@ def verdict(difference: stats.Interval | None, better: int) -> str:
     return "supported" if difference.mean * better > 0 else "not supported"
 
 
-def render(results: pd.DataFrame, target: float) -> str:
-    """Returns the two tables of the study: each method by itself, and each against the first.
+def render(results: pd.DataFrame, target: float, baseline: str) -> str:
+    """Returns the two tables of the study: each method by itself, and each other against the baseline.
 
     Args:
         results: the frame of `outcomes` with the columns ``method`` and ``seed`` added.
         target: accuracy, a share.
+        baseline: the method that the others are compared with.
     """
     methods = list(dict.fromkeys(results["method"]))
     alone = [_alone(method, results[results["method"] == method]) for method in methods]
-    against = [_against(results, method, methods[0]) for method in methods[1:]]
+    against = [_against(results, method, baseline) for method in methods if method != baseline]
     return "\n".join(
         [
             f"Target {100 * target:g} %; mean over seeds [95 % interval, Student's t].",
             *_aligned(["method", "reached", *(quantity.title for quantity in QUANTITIES)], alone),
             "",
-            f"Method less {methods[0]} on the same seed; is it better?",
+            f"Method less {baseline} on the same seed; is it better?",
             *_aligned(["method", *chain.from_iterable((q.title, "better?") for q in QUANTITIES)], against),
         ]
     )

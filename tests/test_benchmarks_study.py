@@ -21,6 +21,7 @@ from hpcsngd.rundir import RunDir, Status
 from hpcsngd.train import data
 from tests.analysis.runs import make_run
 
+BENCHMARKS = Path(study.__file__).parent
 COMPLETED = Status("completed", "", 1)
 DIVERGED = Status("failed", "nan: loss is nan", 1, fault={"kind": "nan"})
 TINY = """
@@ -101,6 +102,24 @@ def test_each_seed_begins_with_another_method(shipped: study.Study) -> None:
     assert len(pairs) == len(cells) == len(shipped.methods) * len(shipped.seeds)
     first = [cells[turn * len(shipped.methods)].label for turn in range(len(shipped.seeds))]
     assert first == [method.label for method in shipped.methods[: len(shipped.seeds)]]
+
+
+def test_the_experiments_ship_what_the_kept_grid_chose(shipped: study.Study) -> None:
+    kept = pd.read_csv(BENCHMARKS / "fashion_mnist_grid.csv")
+    chosen = kept[kept["chosen"]].set_index("method")
+    assert list(chosen.index) == [method.label for method in shipped.methods]
+    for method in shipped.methods:
+        experiment = study.Cell(method.label, method.experiment, {}, {"seed": 1}).resolve().experiment
+        assert experiment.optimizer.lr == chosen.loc[method.label, "optimizer.lr"]
+        if experiment.preconditioner is not None:
+            assert experiment.preconditioner.damping == chosen.loc[method.label, "preconditioner.damping"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "benchmarks/RESULTS.md"])
+def test_documents_show_the_table_of_the_kept_runs(shipped: study.Study, document: str) -> None:
+    kept = pd.read_csv(BENCHMARKS / "fashion_mnist_runs.csv")
+    table = numbers.render(kept, shipped.target, shipped.methods[0].label)
+    assert table in (BENCHMARKS.parent / document).read_text()
 
 
 @pytest.mark.parametrize("status", [COMPLETED, DIVERGED])
@@ -213,7 +232,7 @@ def test_verdicts(low: float, high: float, better: int, expected: str) -> None:
 
 def test_the_table_in_words() -> None:
     # SGD: mean 2, sd 0.1, half width 0.248; M less SGD: -1, -1.1, -0.9, the same half width
-    text = numbers.render(results(SGD=[2, 2.1, 1.9], M=[1, 1, 1]), 0.89)
+    text = numbers.render(results(SGD=[2, 2.1, 1.9], M=[1, 1, 1]), 0.89, "SGD")
     lines = text.splitlines()
     assert lines[0].startswith("Target 89 %")
     assert cells_of(lines[2]) == ["SGD", "3/3", "2.00 [1.75, 2.25]", "20 [18, 22]", "90.20 [90.18, 90.22]"]
