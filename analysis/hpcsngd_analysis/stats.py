@@ -5,8 +5,16 @@ A run without rows has no entry, so that "nothing measured" never looks like a m
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
+
+_STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom."""
 
 
 def elapsed(*tables: pd.DataFrame) -> pd.DataFrame:
@@ -60,3 +68,69 @@ def not_finite(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
     bad = table[~np.isfinite(table[column])]
     grouped = bad.groupby("run", sort=False)["step"]
     return pd.DataFrame({"rows": grouped.size(), "first_step": grouped.min()})
+
+
+def time_to_target(evaluation: pd.DataFrame, target: float, split: str = "test") -> pd.DataFrame:
+    """Returns when each run first reached an accuracy, with runs that never did as censored.
+
+    Between the last evaluation below the target and the first at or above it, accuracy is taken to rise
+    linearly, so that the answer is not a whole number of evaluations. A first evaluation that is already at
+    the target counts as the time.
+
+    Args:
+        evaluation: the table ``eval``, ordered by step within a run.
+        target: accuracy, a share.
+        split: which data: ``test`` or ``validation``.
+
+    Returns:
+        Index ``run``; ``reached`` (bool); ``epochs`` and ``train_s`` (s) until the target. Where it was not
+        reached these are the last evaluation's: the true values are larger.
+    """
+    rows = evaluation[evaluation["split"] == split]
+    found = {run: _crossing(frame, target) for run, frame in rows.groupby("run", sort=False)}
+    columns = ["reached", "epochs", "train_s"]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("run")
+
+
+def _crossing(rows: pd.DataFrame, target: float) -> tuple[bool, float, float]:
+    """Returns whether one run reached the target, and epochs and training seconds until then."""
+    accuracy, epoch, train_s = (rows[name].to_numpy(float) for name in ("accuracy", "epoch", "train_s"))
+    above = np.flatnonzero(accuracy >= target)
+    if not above.size:
+        return False, epoch[-1], train_s[-1]
+    at = above[0]
+    if at == 0 or np.isnan(accuracy[at - 1]):
+        return True, epoch[at], train_s[at]
+    share = (target - accuracy[at - 1]) / (accuracy[at] - accuracy[at - 1])
+    between = [float(values[at - 1] + share * (values[at] - values[at - 1])) for values in (epoch, train_s)]
+    return True, between[0], between[1]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the ends of its 95 % interval, in the unit of the values; the ends are NaN for one value."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Returns the mean of a few independent values with the 95 % interval of Student's t.
+
+    For the three to five seeds of a study. A bootstrap of three values is no more than their range, which
+    misses the true mean in every fourth study; Student's t is right if the values are normal.
+
+    Args:
+        values: one to ten finite numbers.
+
+    Raises:
+        ValueError: no value, or too many for the table of t.
+    """
+    if not 1 <= len(values) <= len(_STUDENT_95) + 1:
+        raise ValueError(f"{len(values)} values; allowed: 1 to {len(_STUDENT_95) + 1}")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean, math.nan, math.nan)
+    half = _STUDENT_95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)

@@ -76,3 +76,31 @@ def test_where_a_loss_stops_being_a_number(examples: Runs) -> None:
     }
     frame = pd.DataFrame({"run": "a", "step": [1, 2, 3], "loss": [1.0, math.inf, math.nan]})
     assert stats.not_finite(frame).to_dict("index") == {"a": {"rows": 2, "first_step": 2}}
+
+
+def test_time_to_target_lies_between_evaluations() -> None:
+    frame = evaluations(
+        *(("up", step, "test", accuracy) for step, accuracy in enumerate([0.2, 0.6, 0.4, 0.9], start=1)),
+        *(("low", 1, "test", 0.3), ("low", 2, "test", 0.4), ("first", 1, "test", 0.5)),
+        *(("gap", 1, "test", math.nan), ("gap", 2, "test", 0.8)),
+    ).assign(train_s=lambda rows: 10 * rows["epoch"])
+    found = stats.time_to_target(frame, 0.5)
+    # `up` first crosses 0.5 at three quarters of the way from 0.2 to 0.6; falling back later changes nothing.
+    assert found["reached"].to_dict() == {"up": True, "low": False, "first": True, "gap": True}
+    assert found["epochs"].to_dict() == pytest.approx({"up": 1.75, "low": 2, "first": 1, "gap": 2})
+    assert found["train_s"].to_dict() == pytest.approx({"up": 17.5, "low": 20, "first": 10, "gap": 20})
+    assert len(stats.time_to_target(frame, 0.5, "validation")) == 0
+
+
+def test_mean_with_students_interval() -> None:
+    # standard deviation 1; t of two degrees of freedom is 4.303
+    found = stats.mean_interval([1, 2, 3])
+    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-4)
+    alone = stats.mean_interval([5])
+    assert (alone.mean, math.isnan(alone.low), math.isnan(alone.high)) == (5, True, True)
+
+
+@pytest.mark.parametrize("count", [0, 11])
+def test_too_few_or_too_many_values_have_no_interval(count: int) -> None:
+    with pytest.raises(ValueError, match="allowed: 1 to 10"):
+        stats.mean_interval([1.0] * count)
