@@ -35,6 +35,27 @@ class Model(Strict):
         return name
 
 
+class Folds(Strict):
+    """Cross-validation: the training set in `count` parts, one of which is evaluated and not trained on."""
+
+    count: int = Field(ge=2)
+    """Number of folds."""
+    index: int = Field(ge=0)
+    """The fold that is held out, from 0."""
+    shuffled: bool = True
+    """Draw the folds at random; false: in the order of the data set."""
+    stratified: bool = True
+    """Give every fold the same share of each class, to within one sample."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the shuffle; apart from the experiment's seed, so that all runs have the same folds."""
+
+    @model_validator(mode="after")
+    def _index_fits(self) -> Folds:
+        if self.index >= self.count:
+            raise ValueError(f"index {self.index}: folds are counted from 0 to {self.count - 1}")
+        return self
+
+
 class Data(Strict):
     """The data set."""
 
@@ -50,6 +71,8 @@ class Data(Strict):
     """Use only the first so many training samples of a fixed shuffle."""
     test_limit: int | None = Field(default=None, ge=1)
     """Use only the first so many test samples of a fixed shuffle."""
+    folds: Folds | None = None
+    """Cross-validation: evaluate on a held-out part of the training set; the test set stays unseen."""
 
     @field_validator("name")
     @classmethod
@@ -284,6 +307,9 @@ class Resources(Strict):
     """Wall time of one attempt."""
 
 
+Axis = Annotated[list[Any], Field(min_length=1)]
+
+
 class Experiment(Strict):
     """An experiment: one YAML file in jobs/."""
 
@@ -329,3 +355,6 @@ class Experiment(Strict):
     """Decides initial weights, order of samples, dropout and sampling."""
     deterministic: bool = True
     """Refuse operations that do not give the same bits twice, where torch can tell."""
+    matrix: dict[str, Axis] = Field(default_factory=dict)
+    """Key path -> list of values: one run for each combination. `include`: a list of mappings, one more
+    axis whose keys change together."""

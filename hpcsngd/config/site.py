@@ -38,6 +38,8 @@ class Scheduler(Strict):
     """More directives, name without dashes -> value; `true` writes the bare option."""
     skip_options: list[Text] = Field(default_factory=list)
     """Directives to leave out because the site refuses them, such as `mem` or `gpus-per-node`."""
+    parallel_cells: int | None = Field(default=None, ge=1)
+    """How many cells of a sweep run at once; default: no limit, on a local site one."""
     poll_s: float = Field(default=30.0, gt=0)
     """Seconds between questions to the scheduler while waiting."""
     command_timeout_s: float = Field(default=60.0, gt=0)
