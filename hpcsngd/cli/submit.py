@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpcsngd.cli.arguments import configuration, resolve_choice
+from hpcsngd.cli.arguments import configuration, resolve_choice, resolve_matrix
 from hpcsngd.cli.output import print_json, shown
 from hpcsngd.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED
 
@@ -26,8 +26,14 @@ def submit(*, dry_run: bool, wait_for_it: bool, as_json: bool, **choice: Any) ->
     """Submit an experiment to a site.
 
     The run directory is printed; it holds everything about the run. Without --wait the command returns as
-    soon as the scheduler has the job.
+    soon as the scheduler has the job. An experiment with a matrix, or --matrix, makes a sweep: one run
+    directory for each combination and one job array; given again, it submits those that have not completed.
     """
+    if matrix := resolve_matrix(**choice):
+        from hpcsngd.cli.sweep import submit_sweep
+
+        submit_sweep(matrix, dry_run=dry_run, wait_for_it=wait_for_it, as_json=as_json)
+        return
     resolved = resolve_choice(**choice)
     if dry_run:
         from hpcsngd.launch.scripts import dry_run as render
@@ -94,7 +100,8 @@ def _submission_record(
 def _print_outcome(run: RunDir, status: Status, report_path: Path | None) -> None:
     if status.state == "completed":
         result = status.result or {}
-        click.echo(f"test accuracy: {result['test_accuracy']:.4f} after {result['epochs']:g} epochs")
+        split = next(name for name in ("test", "validation") if f"{name}_accuracy" in result)
+        click.echo(f"{split} accuracy: {result[f'{split}_accuracy']:.4f} after {result['epochs']:g} epochs")
         click.echo(f"time: {result['train_s']:.1f} s of training, {result['wall_s']:.1f} s in all")
     else:
         click.echo(f"{status.state}: {status.reason}", err=True)

@@ -236,7 +236,7 @@ class Trainer:
         progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
         self._recorder.evaluation(progress, time.perf_counter() - started)
         log.info(
-            "epoch %d/%d: loss %.4f, accuracy %.4f; test loss %.4f, accuracy %.4f; lr %.3g, %.1f s trained",
+            "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; lr %.3g, %.1f s trained",
             progress.step // self._sampler.steps_per_epoch,
             self._config.epochs,
             progress.epoch.mean_loss,

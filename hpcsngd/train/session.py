@@ -65,6 +65,7 @@ def train(run: RunDir, attempt: int, device: torch.device, *, started: float) ->
         steps_per_epoch=sampler.steps_per_epoch,
         started=started,
         first_step=progress.step,
+        evaluated=splits.evaluated,
     )
     train_batches, test_batches = _loaders(config, splits, sampler, device)
     with recorder:
@@ -81,7 +82,7 @@ def train(run: RunDir, attempt: int, device: torch.device, *, started: float) ->
         )
         is_finished = trainer.run()
     if is_finished and dist.rank() == 0:
-        result = _result(config, progress, parts.model) | {"wall_s": recorder.wall_s}
+        result = _result(config, progress, parts.model, splits.evaluated) | {"wall_s": recorder.wall_s}
         rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
     # nobody ends while another still communicates
     dist.barrier()
@@ -175,11 +176,11 @@ def _loaders(
     )
 
 
-def _result(config: Experiment, progress: Progress, model: nn.Module) -> dict[str, Any]:
+def _result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
     return {
-        "test_accuracy": progress.test.accuracy,
-        "test_loss": progress.test.mean_loss,
-        "best_test_accuracy": progress.best_test_accuracy,
+        f"{evaluated}_accuracy": progress.test.accuracy,
+        f"{evaluated}_loss": progress.test.mean_loss,
+        f"best_{evaluated}_accuracy": progress.best_test_accuracy,
         "epochs": config.epochs,
         "steps": progress.step,
         "train_s": progress.train_s,
