@@ -168,9 +168,12 @@ def sweeps(runs: Runs) -> list[Sweep]:
         if run.cell:
             groups.setdefault((run.path.parent, _split(run)), []).append(run)
     results = {split: stats.split_results(runs.tables["eval"], split) for split in ("test", "validation")}
+    accuracies = {
+        split: {str(name): float(value) for name, value in found["final_accuracy"].items()}
+        for split, found in results.items()
+    }
     return [
-        _sweep(path.name, split, members, results[split]["final_accuracy"].to_dict())
-        for (path, split), members in groups.items()
+        _sweep(path.name, split, members, accuracies[split]) for (path, split), members in groups.items()
     ]
 
 

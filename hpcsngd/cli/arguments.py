@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from hpcsngd.config.matrix import Matrix
     from hpcsngd.config.resolve import Override, Resolved
 
 DIAGNOSTICS = ("profiling", "rank_analysis", "grad_norm", "grad_error")
@@ -47,6 +48,14 @@ def configuration(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable."
             ),
+            click.option(
+                "--matrix",
+                "axes",
+                multiple=True,
+                metavar="KEY=V1,V2,...",
+                help="One run for each value; several make all combinations: a sweep.",
+            ),
+            click.option("--parallel", type=int, help="Cells of a sweep that run at once."),
             click.option("--nodes", type=int, help="Nodes."),
             click.option("--gpus-per-node", type=int, help="GPUs to use on each node."),
             click.option("--ranks-per-node", type=int, help="Workers on each node; default: one per GPU."),
@@ -62,8 +71,24 @@ def configuration(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def resolve_choice(*, site: str, exp: str, sets: Sequence[str], **options: Any) -> Resolved:
-    """Returns the checked configuration that the options of `configuration` ask for.
+def resolve_matrix(
+    *, site: str, exp: str, sets: Sequence[str], axes: Sequence[str], **options: Any
+) -> Matrix | None:
+    """Returns the checked cells that the options of `configuration` ask for; None without a matrix.
+
+    Raises:
+        ConfigError: everything that is wrong with it, at once.
+    """
+    from hpcsngd.config import matrix
+
+    given = [matrix.parse(text) for text in axes]
+    return matrix.resolve(site, exp, [*overrides(sets), *_flag_overrides(options)], given)
+
+
+def resolve_choice(
+    *, site: str, exp: str, sets: Sequence[str], axes: Sequence[str] = (), **options: Any
+) -> Resolved:
+    """Returns the checked configuration that the options of `configuration` ask for, without a matrix.
 
     Raises:
         ConfigError: everything that is wrong with it, at once.
@@ -90,6 +115,7 @@ def _flag_overrides(options: dict[str, Any]) -> list[Override]:
         "ranks_per_node": "experiment.resources.ranks_per_node",
         "walltime": "experiment.resources.walltime",
         "run_root": "site.run_root",
+        "parallel": "site.scheduler.parallel_cells",
         **{name: f"experiment.diagnostics.{name}" for name in DIAGNOSTICS},
     }
     return [

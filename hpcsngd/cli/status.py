@@ -16,12 +16,18 @@ from hpcsngd.cli.output import print_json
 @click.option(
     "--run-root", type=RUNS, default=Path("runs"), show_default=True, help="Used when no run is named."
 )
+@click.option("--failed", is_flag=True, help="Of a sweep, only the cells that ended without completing.")
 @AS_JSON
-def status(*, runs: tuple[Path, ...], run_root: Path, as_json: bool) -> None:
-    """Say how runs are doing: the runs named, or all in the run root."""
-    from hpcsngd import rundir
+def status(*, runs: tuple[Path, ...], run_root: Path, failed: bool, as_json: bool) -> None:
+    """Say how runs are doing: the runs or sweeps named, or all runs in the run root."""
+    from hpcsngd import rundir, sweepdir
     from hpcsngd.launch.status import states
 
+    if sweeps := [path for path in runs if sweepdir.is_sweep(path)]:
+        if len(sweeps) < len(runs) or (as_json and len(sweeps) > 1):
+            raise click.UsageError("name runs, or sweeps (with --json one), but not both")
+        _print_sweeps(sweeps, failed=failed, as_json=as_json)
+        return
     paths = runs or tuple(sorted(file.parent for file in run_root.glob("*/run.yaml")))
     if not paths and not as_json:
         click.echo(f"no runs in {run_root}")
@@ -31,6 +37,19 @@ def status(*, runs: tuple[Path, ...], run_root: Path, as_json: bool) -> None:
         return
     for state in found:
         _print_state(state)
+
+
+def _print_sweeps(paths: list[Path], *, failed: bool, as_json: bool) -> None:
+    from hpcsngd import sweepdir
+    from hpcsngd.launch import sweep_status
+
+    for path in paths:
+        state = sweep_status.look(sweepdir.open_sweep(path))
+        shown = state.failed if failed else state
+        if as_json:
+            print_json(shown.to_json())
+        else:
+            click.echo(shown.text())
 
 
 def _print_state(state: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ _CAUSES: dict[str, str] = {
     "gres": "experiment.resources.gpus_per_node|site.gpus_per_node",
     "mem": "site.mem_gb_per_node",
     "time": "experiment.resources.walltime|site.walltime",
+    "array": "the matrix and site.scheduler.parallel_cells",
     "requeue": "hpcsngd: a node's failure puts the job back in the queue",
     "signal": "submitit: seconds of warning before the limit",
     "open-mode": "submitit: a requeued job keeps its logs",
@@ -67,23 +68,32 @@ def dry_run(resolved: Resolved, *, host: Host | None = None) -> str:
     """
     made = plan.make(resolved, host=host)
     run_dir = Path(resolved.site.run_root).expanduser().absolute() / RUN_DIR
-    blocks = [_headline(made)]
+    sent = script(made, run_dir) if made.scheduler == "slurm" else _local_command(made, run_dir)
+    return "\n\n".join([_headline(made), *details(resolved, made, run_dir, sent)]) + "\n"
+
+
+def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[str]:
+    """Returns the blocks of a dry run: what is sent, what each node runs, and where all of it comes from.
+
+    Args:
+        resolved: the checked configuration.
+        made: its plan.
+        run_dir: the run directory.
+        sent: the batch script, or the command that is started on this machine.
+    """
     if made.scheduler == "slurm":
-        text = script(made, run_dir)
-        blocks += [
-            f"# --- script for sbatch\n{text.rstrip()}",
-            "# --- where it comes from\n" + explain(text, resolved),
+        blocks = [
+            f"# --- script for sbatch\n{sent.rstrip()}",
+            "# --- where it comes from\n" + explain(sent, resolved),
         ]
     else:
-        blocks.append(
-            f"# --- started on this machine, in a session of its own\n{_local_command(made, run_dir)}"
-        )
-    blocks += [
+        blocks = [f"# --- started on this machine, in a session of its own\n{sent}"]
+    return [
+        *blocks,
         _workers(made, run_dir),
         "# --- where it comes from\n" + _origins(_COMMAND_KEYS, resolved),
         "# --- environment of the workers\n" + _environment(made, resolved),
     ]
-    return "\n\n".join(blocks) + "\n"
 
 
 def explain(text: str, resolved: Resolved) -> str:

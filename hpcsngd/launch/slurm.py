@@ -6,6 +6,7 @@ limit: a controller that is down lets its clients hang for minutes.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,22 +97,38 @@ class Job:
         return state, kind, f"{text} (Slurm: {self.state}{detail})"
 
 
-SQUEUE = ("squeue", "--noheader", "--states=all", "--format=%i|%T|%r", "--jobs")
+SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "--jobs")
 SACCT = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason", "--jobs")
+
+
+_RANGES = re.compile(r"(?P<array>\d+)_\[(?P<ranges>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)(?:%\d+)?\]")
 
 
 def parse_jobs(text: str) -> dict[str, Job]:
     """Returns job id -> job for lines ``id|state|reason`` of squeue or sacct; other lines are ignored.
 
-    Steps (``12.batch``) are ignored; a later line of the same id wins, as in ``sacct --duplicates``.
+    Steps (``12.batch``) are ignored; a later line of the same id wins, as in ``sacct --duplicates``. A line
+    for members of an array that have not started (``12_[0-3,7%2]``) gives one job each.
     """
-    jobs = {}
+    jobs: dict[str, Job] = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) < 2 or not cells[0] or "." in cells[0] or not cells[1]:
             continue
-        jobs[cells[0]] = _job(*cells[:3])
+        jobs |= {job_id: _job(job_id, *cells[1:3]) for job_id in members(cells[0])}
     return jobs
+
+
+def members(job_id: str) -> list[str]:
+    """Returns the ids that an id with ranges stands for: ``12_[0-2,7%2]`` is 12_0, 12_1, 12_2 and 12_7."""
+    match = _RANGES.fullmatch(job_id)
+    if not match:
+        return [job_id]
+    found = []
+    for part in match["ranges"].split(","):
+        first, _, last = part.partition("-")
+        found += [f"{match['array']}_{index}" for index in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def _job(job_id: str, state: str, reason: str = "") -> Job:
@@ -140,7 +157,8 @@ def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
     """Returns what Slurm knows of these jobs: one squeue, and one sacct for those it does not list.
 
     squeue answers from the controller and is never late; sacct remembers longer, but lags by seconds and is
-    switched off at some sites.
+    switched off at some sites. Members of an array are asked for by the array's id: a thousand ids would
+    make a slow question.
     """
     queue, queue_complaint = _listed(SQUEUE, job_ids, timeout_s)
     missing = [job_id for job_id in job_ids if job_id not in queue]
@@ -150,8 +168,9 @@ def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
 
 
 def _listed(program: Sequence[str], job_ids: Sequence[str], timeout_s: float) -> tuple[dict[str, Job], str]:
+    asked = ",".join(dict.fromkeys(job_id.partition("_")[0] for job_id in job_ids))
     try:
-        return parse_jobs(command_output([*program, ",".join(job_ids)], timeout_s=timeout_s)), ""
+        return parse_jobs(command_output([*program, asked], timeout_s=timeout_s)), ""
     except SchedulerError as error:
         # squeue refuses a single id that it has forgotten: that is an answer, not a failure
         return {}, "" if "Invalid job id" in str(error) else str(error)

@@ -57,11 +57,7 @@ def submit(
         SchedulerError: the scheduler is missing, refuses or does not answer.
     """
     made = plan.make(resolved, worker=worker)
-    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
-        raise SchedulerError(
-            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
-            "(--dry-run works anywhere)"
-        )
+    need_scheduler(made)
     root = (run_root or Path(resolved.site.run_root)).expanduser().absolute()
     record = {
         "config": resolved.to_record(),
@@ -69,9 +65,9 @@ def submit(
         "provenance": provenance.collect(argv),
     }
     run = rundir.create(root, made.job_name, record)
-    _say_what_is_dropped()
+    say_what_is_dropped()
     try:
-        job_id = _send(run, made)
+        job_id = send(run, made, 1)
     except (SchedulerError, FailedSubmissionError) as error:
         reason = f"not submitted: {error}"
         fault = Fault("configuration", reason, socket.gethostname(), node=0)
@@ -80,17 +76,46 @@ def submit(
     return Submitted(run, job_id)
 
 
-def _say_what_is_dropped() -> None:
+def need_scheduler(made: Plan) -> None:
+    """Refuses a plan whose scheduler cannot be reached from here.
+
+    Raises:
+        SchedulerError: sbatch is missing.
+    """
+    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise SchedulerError(
+            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
+            "(--dry-run works anywhere)"
+        )
+
+
+def say_what_is_dropped() -> None:
+    """Warns of variables of sbatch's own, which are kept from it."""
     names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
     if names:
         log.warning("ignored, because they would override the script: %s", ", ".join(names))
 
 
-def _send(run: RunDir, made: Plan) -> str:
-    run.submit_dir.mkdir()
+def send(run: RunDir, made: Plan, attempt: int) -> str:
+    """Submits one attempt of a run and records its job.
+
+    Returns:
+        The scheduler's id of the job, the controller's process id on a local site.
+
+    Raises:
+        SchedulerError: the scheduler refuses or does not answer.
+        FailedSubmissionError: it answers in words that name no job.
+    """
+    run.submit_dir.mkdir(exist_ok=True)
     executor_class = SlurmSiteExecutor if made.scheduler == "slurm" else LocalSiteExecutor
     executor = executor_class(run.submit_dir, made)
-    job_id = str(executor.submit(NodeAgent(str(run.path), 1)).job_id)
+    job_id = str(executor.submit(NodeAgent(str(run.path), attempt)).job_id)
+    rundir.write_yaml(run.attempt(attempt).submitted_yaml, job_facts(made, job_id))
+    return job_id
+
+
+def job_facts(made: Plan, job_id: str) -> dict[str, str | int | None]:
+    """Returns what ``submitted.yaml`` says about a job that has just been submitted."""
     facts: dict[str, str | int | None] = {
         "scheduler": made.scheduler,
         "job_id": job_id,
@@ -99,8 +124,7 @@ def _send(run: RunDir, made: Plan) -> str:
     }
     if made.scheduler == "local":
         facts["start_ticks"] = processes.start_ticks(int(job_id))
-    rundir.write_yaml(run.attempt(1).submitted_yaml, facts)
-    return job_id
+    return facts
 
 
 def wait(
