@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcsngd import rundir
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -62,12 +64,31 @@ def test_help_imports_click_alone() -> None:
         ("experiments", "--json"),
         ("show", "--site", "local", "--exp", "digits-hylo"),
         ("submit", "--site", "local", "--exp", "digits-hylo", "--dry-run"),
+        ("submit", "--site", "slurm", "--exp", "digits-hylo", "--matrix", "seed=1,2", "--dry-run"),
         ("status", "--json"),
     ],
     ids=lambda args: args[0],
 )
 def test_no_login_verb_imports_torch(args: tuple[str, ...]) -> None:
     assert not modules_of(*args) & {"torch", "pandas", "torchvision"}
+
+
+def test_a_matrix_is_checked_cell_by_cell_before_anything_is_written(tmp_path: Path) -> None:
+    words = ("submit", "--site", "slurm", "--exp", "digits-hylo", "--run-root", str(tmp_path / "runs"))
+    done = hpcsngd(*words, "--matrix", "seed=1,2", "--matrix", "optimizer.lr=0.1,-1", "--parallel", "2")
+    assert done.returncode == 2
+    assert "--matrix optimizer.lr: optimizer.lr: input should be greater than 0; found -1" in done.stderr
+    assert "in 2 cells: seed=1, optimizer.lr=-1; seed=2, optimizer.lr=-1" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweeps_status_is_its_own_table(tmp_path: Path) -> None:
+    rundir.write_yaml(tmp_path / "sweep.yaml", {"schema": 1, "cells": []})
+    assert f"{tmp_path.name}: 0 cells: none" in hpcsngd("status", str(tmp_path)).stdout
+    assert json.loads(hpcsngd("status", str(tmp_path), "--json", "--failed").stdout)["cells"] == []
+    both = hpcsngd("status", str(tmp_path), str(tmp_path / "run"))
+    assert both.returncode == 2
+    assert "not both" in both.stderr
 
 
 def test_sites_and_experiments() -> None:

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,9 +172,7 @@ def sweeps(runs: Runs) -> list[Sweep]:
         split: {str(name): float(value) for name, value in found["final_accuracy"].items()}
         for split, found in results.items()
     }
-    return [
-        _sweep(path.name, split, members, accuracies[split]) for (path, split), members in groups.items()
-    ]
+    return [_sweep(path.name, split, members, accuracies[split]) for (path, split), members in groups.items()]
 
 
 def _split(run: Run) -> Split:
@@ -226,9 +224,14 @@ def _setting(
     if len(runs) < expected:
         missing[NOT_THERE] += expected - len(runs)
     folds = int(_folds(runs[0])["count"]) if _FOLD in replicates else None
-    interval = stats.mean_interval(values, confidence=CONFIDENCE, folds=folds) if values else None
+    interval = _as_share(stats.mean_interval(values, confidence=CONFIDENCE, folds=folds)) if values else None
     own = {key: value for key, value in cell.items() if key not in replicates}
     return Setting(own, interval, dict(missing))
+
+
+def _as_share(found: Interval) -> Interval:
+    """Returns the interval without what no accuracy can be; NaN stays, as min and max keep their first."""
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def _short(key: str) -> str:

@@ -92,6 +92,12 @@ def test_the_best_setting_has_the_highest_mean(tmp_path: Path) -> None:
     ]
 
 
+def test_an_interval_of_accuracies_stays_between_0_and_1(tmp_path: Path) -> None:
+    (best,) = grid(tmp_path / "sweep", {0.1: (0.2, 0.9)}).best
+    assert best.interval is not None
+    assert (best.interval.low, best.interval.high) == (0.0, 1.0)
+
+
 def test_a_setting_inside_the_interval_cannot_be_told_apart(tmp_path: Path) -> None:
     sweep = grid(tmp_path / "sweep", {0.1: (0.90, 0.91), 0.2: (0.89, 0.93), 0.3: (0.7, 0.7), 0.4: (0.1, 0.1)})
     assert [str(each) for each in sweep.best] == ["optimizer.lr=0.2"]
