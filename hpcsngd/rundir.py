@@ -9,10 +9,14 @@ Layout (every name is spelled here and nowhere else)::
       attempts/<n>/submitted.yaml scheduler and job id, written by submit
       attempts/<n>/attempt.yaml   hosts, world size, start; written by the agent of node 0
       attempts/<n>/rendezvous.yaml  master host and port in force
+      attempts/<n>/plan.yaml      the plan, where a resume asked for other resources than run.yaml has
       attempts/<n>/stop-request   exists when workers should checkpoint and leave
+      attempts/<n>/cancel-request somebody wants the run to end for good; written before the scheduler is asked
       attempts/<n>/finished.yaml  the workers reached the end; written by rank 0
       attempts/<n>/faults/*.yaml  one file per process that failed
+      attempts/<n>/scheduler.yaml what the scheduler says about the job; written when the attempt ends
       attempts/<n>/logs/          node<k>.out, node<k>.err (and rank<r>.* where ranks are started singly)
+      attempts/<n>/logs/torchrun/ what torchrun keeps of each of its ranks
       submit/                     submitit's own folder
       metrics/                    CSV files, see `hpcsngd.tables`
       checkpoints/step_<n>/       and the file ``latest``
@@ -56,6 +60,7 @@ FAULT_KINDS = (
     "architecture",
     "missing_data",
     "quota",
+    "hang",
     "killed",
     "configuration",
     "unknown",
@@ -275,6 +280,21 @@ class Attempt:
         return self.path / "stop-request"
 
     @property
+    def cancel_request(self) -> Path:
+        """Exists when the run was cancelled: who, where, when. It is not to be requeued."""
+        return self.path / "cancel-request"
+
+    @property
+    def plan_yaml(self) -> Path:
+        """The plan of this attempt and its successors, where it differs from that of ``run.yaml``."""
+        return self.path / "plan.yaml"
+
+    @property
+    def scheduler_yaml(self) -> Path:
+        """The scheduler's own record of the job."""
+        return self.path / "scheduler.yaml"
+
+    @property
     def finished_yaml(self) -> Path:
         """Written by rank 0 when training reached its end."""
         return self.path / "finished.yaml"
@@ -291,6 +311,10 @@ class Attempt:
     def rank_log(self, rank: int, stream: str) -> Path:
         """Returns the log file of a rank that was started singly."""
         return self.logs / f"rank{rank}.{stream}"
+
+    def torchrun_logs(self, node: int | str) -> Path:
+        """Returns the folder in which torchrun keeps the output of each rank of a node."""
+        return self.logs / "torchrun" / f"node{node}"
 
     def write_fault(self, fault: Fault) -> None:
         """Records a fault in a file of its own: ``rank<r>.yaml`` or ``node<k>.yaml``.
@@ -386,6 +410,14 @@ class RunDir:
     def record(self) -> dict[str, Any]:
         """Returns the content of ``run.yaml``."""
         return read_yaml(self.run_yaml)
+
+    def plan_record(self, attempt: int) -> dict[str, Any]:
+        """Returns the plan in force for an attempt: the newest resume's up to it, else that of ``run.yaml``."""
+        for earlier in reversed(self.attempts()):
+            if earlier.number <= attempt and earlier.plan_yaml.exists():
+                return read_yaml(earlier.plan_yaml)
+        plan: dict[str, Any] = self.record()["plan"]
+        return plan
 
     def status(self) -> Status | None:
         """Returns how the run ended, or None while it has not."""

@@ -17,7 +17,7 @@ from hpcsngd.launch.commands import PRELOAD_FAILED
 EVIDENCE_LINES = 12
 
 # what torchrun, torch's excepthook and srun --label put in front of a line
-_PREFIX = re.compile(r"^(?:\[(?:rank|default)\d+\]:\s?|\d+:\s)")
+_PREFIX = re.compile(r"^(?:\[(?:rank|default)\d+\]:\s?|\d+:\s)+")
 # torchrun's own words about a worker that failed; everything before them is the workers'
 _TORCHRUN = re.compile(r"torch[./]distributed[./]elastic[./]multiprocessing[./]api")
 _LAST_WORDS = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)\b(?::|$)")

@@ -317,3 +317,13 @@ def test_no_job_is_left_behind(configure: Configure) -> None:
     submitted = send(configure, launch=PER_RANK)
     submit.wait(submitted.run, poll_s=0.2)
     wait_until(lambda: not Path(f"/proc/{submitted.job_id}").exists(), "the reaping of the controller")
+
+
+def test_each_ranks_output_is_kept_beside_the_nodes(configure: Configure) -> None:
+    run, ended = run_to_end(configure, env={"STANDIN": "import"})
+    assert ended.state == "failed"
+    attempt = run.attempt(1)
+    kept = sorted(attempt.torchrun_logs(0).glob("*/attempt_0/*/stderr.log"))
+    assert [file.parent.name for file in kept] == ["0", "1"]
+    assert "no_such_module_anywhere" in kept[0].read_text() + kept[1].read_text()
+    assert "[rank0]: " in attempt.node_log(0, "err").read_text()
