@@ -11,7 +11,7 @@ Layout (every name is spelled here and nowhere else)::
       attempts/<n>/rendezvous.yaml  master host and port in force
       attempts/<n>/plan.yaml      the plan, where a resume asked for other resources than run.yaml has
       attempts/<n>/stop-request   exists when workers should checkpoint and leave
-      attempts/<n>/cancel-request somebody wants the run to end for good; written before the scheduler is asked
+      attempts/<n>/cancel-request exists when a person has cancelled: the run must not be restarted
       attempts/<n>/finished.yaml  the workers reached the end; written by rank 0
       attempts/<n>/faults/*.yaml  one file per process that failed
       attempts/<n>/scheduler.yaml what the scheduler says about the job; written when the attempt ends
@@ -60,9 +60,9 @@ FAULT_KINDS = (
     "architecture",
     "missing_data",
     "quota",
-    "hang",
     "killed",
     "configuration",
+    "hang",
     "unknown",
 )
 
@@ -72,6 +72,12 @@ Value = int | float | str
 def utc_now() -> str:
     """Returns the time now as ISO 8601 in UTC, to the millisecond."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+
+
+def utc_of(seconds: float) -> str:
+    """Returns a time in seconds since 1970, such as a file's, as ISO 8601 in UTC."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds")
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
@@ -281,12 +287,12 @@ class Attempt:
 
     @property
     def cancel_request(self) -> Path:
-        """Exists when the run was cancelled: who, where, when. It is not to be requeued."""
+        """Exists when a person has cancelled the run; written before the scheduler is asked to."""
         return self.path / "cancel-request"
 
     @property
     def plan_yaml(self) -> Path:
-        """The plan of this attempt and its successors, where it differs from that of ``run.yaml``."""
+        """Plan and provenance of a resume; the plan holds for later attempts too."""
         return self.path / "plan.yaml"
 
     @property
@@ -412,12 +418,11 @@ class RunDir:
         return read_yaml(self.run_yaml)
 
     def plan_record(self, attempt: int) -> dict[str, Any]:
-        """Returns the plan in force for an attempt: the newest resume's up to it, else that of ``run.yaml``."""
+        """Returns the plan in force for an attempt: of the last resume up to it, else of ``run.yaml``."""
         for earlier in reversed(self.attempts()):
             if earlier.number <= attempt and earlier.plan_yaml.exists():
-                return read_yaml(earlier.plan_yaml)
-        plan: dict[str, Any] = self.record()["plan"]
-        return plan
+                return dict(read_yaml(earlier.plan_yaml)["plan"])
+        return dict(self.record()["plan"])
 
     def status(self) -> Status | None:
         """Returns how the run ended, or None while it has not."""

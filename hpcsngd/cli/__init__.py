@@ -20,6 +20,11 @@ from hpcsngd.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, HpcsngdError
 VERBS = {
     "submit": "submit",
     "status": "status",
+    "logs": "logs",
+    "cancel": "runs",
+    "resume": "runs",
+    "rerun": "runs",
+    "diff": "runs",
     "report": "report",
     "show": "configuration",
     "sites": "configuration",

@@ -67,7 +67,7 @@ class NodeAgent:
             RunFailedError: they did not succeed; the reason is in ``status.yaml``.
         """
         run = rundir.open_run(Path(self.run_dir))
-        plan = Plan.from_record(run.record()["plan"])
+        plan = Plan.from_record(run.plan_record(self.attempt))
         here = place.locate()
         attempt = run.attempt(self.attempt + here.restarts)
         context = outcome.Context(run, plan, here, attempt, time.monotonic())

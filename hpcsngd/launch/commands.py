@@ -70,8 +70,8 @@ def node_command(
         f"--master-addr={address}",
         f"--master-port={port}",
         f"--rdzv-conf=timeout={int(plan.rendezvous_timeout_s)}",
-        # the node's log gets each line with its rank in front; a file per rank keeps what a killed torchrun had
-        # not passed on yet
+        # the node's log gets each line with its rank in front; a file per rank keeps what a killed torchrun
+        # had not passed on yet
         "--tee=3",
         f"--log-dir={_torchrun_logs(run_dir, attempt, node)}",
         "-m",

@@ -15,7 +15,7 @@ from typing import Literal
 
 from hpcsngd import handover, rundir
 from hpcsngd.errors import RunFailedError
-from hpcsngd.launch import verdict
+from hpcsngd.launch import remains, verdict
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
@@ -140,7 +140,9 @@ def _stopped(context: Context, stop: Stop, is_on_request: bool) -> str:
     """Writes the status of an attempt that was asked to stop; returns its reason."""
     how = "checkpointed and left" if is_on_request else "were ended"
     signals = stop.words() or "a stop request"
-    if context.is_near_limit:
+    if context.attempt.cancel_request.exists():
+        state, reason = "cancelled", f"{remains.cancelled_by(context.attempt)}; the workers {how}"
+    elif context.is_near_limit:
         state, reason = "timeout", f"wall time of {context.plan.walltime_min} min reached; the workers {how}"
     elif is_on_request or signal.SIGUSR2 in stop.received:
         state, reason = "preempted", f"stopped by {signals}; the workers {how}"

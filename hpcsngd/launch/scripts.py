@@ -6,15 +6,16 @@ so this text is the deed, with ``RUN_DIR`` where the run directory's name will s
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcsngd.config.resolve import Resolved
-from hpcsngd.launch import commands, environment, plan
+from hpcsngd.launch import commands, environment, plan, secrets
 from hpcsngd.launch.executors import SlurmSiteExecutor
-from hpcsngd.launch.plan import Host, Plan
+from hpcsngd.launch.plan import Directive, Host, Plan
 from hpcsngd.rundir import RunDir
 
 RUN_DIR = "RUN_DIR"
@@ -32,6 +33,8 @@ _CAUSES: dict[str, str] = {
     "time": "experiment.resources.walltime|site.walltime",
     "requeue": "hpcsngd: a node's failure puts the job back in the queue",
     "signal": "submitit: seconds of warning before the limit",
+    "dependency": "--after",
+    "hold": "--hold",
     "open-mode": "submitit: a requeued job keeps its logs",
     "output": "submitit's folder",
     "error": "submitit's folder",
@@ -55,17 +58,23 @@ def script(made: Plan, run_dir: Path) -> str:
     return SlurmSiteExecutor(RunDir(run_dir).submit_dir, made).script
 
 
-def dry_run(resolved: Resolved, *, host: Host | None = None) -> str:
+def dry_run(
+    resolved: Resolved, *, host: Host | None = None, directives: Mapping[str, Directive] | None = None
+) -> str:
     """Returns what a submission would send and run, and why; writes nothing.
 
     Args:
         resolved: the checked configuration.
         host: the machine that submits; default: this one.
+        directives: more directives for this submission, as for `hpcsngd.launch.submit.submit`.
 
     Raises:
-        PreflightError: as a submission would.
+        ConfigError: the configuration holds what looks like a secret.
+        PreflightError: what the site's rules refuse; a submission also asks the scheduler.
     """
+    secrets.refuse(resolved)
     made = plan.make(resolved, host=host)
+    made = dataclasses.replace(made, directives=made.directives | dict(directives or {}))
     run_dir = Path(resolved.site.run_root).expanduser().absolute() / RUN_DIR
     blocks = [_headline(made)]
     if made.scheduler == "slurm":

@@ -6,6 +6,7 @@ limit: a controller that is down lets its clients hang for minutes.
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,29 @@ _ENDINGS: dict[str, tuple[str, str, str]] = {
 }
 
 
+# the reasons of squeue(1) that users ask about; others are shown as they are
+_REASONS: dict[str, str] = {
+    "BeginTime": "its start time has not come; a requeued job waits two minutes at most sites",
+    "Dependency": "it waits for another job",
+    "DependencyNeverSatisfied": "the job that it waits for did not succeed: it will never start, cancel it",
+    "JobHeldAdmin": "held by an administrator: ask the site's support",
+    "JobHeldUser": "held; start it with: scontrol release {job_id}",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition does not start jobs at present",
+    "PartitionNodeLimit": "it asks for more nodes than the partition allows: it will not start",
+    "PartitionTimeLimit": "it asks for more time than the partition allows: it will not start",
+    "Priority": "jobs of higher priority go first",
+    "ReqNodeNotAvail": "a node that it needs is down or reserved",
+    "Reservation": "its reservation has not begun",
+    "Resources": "it is next when enough nodes are free",
+}
+_REASON_FAMILIES: tuple[tuple[str, str], ...] = (
+    ("QOS", "a limit of the quality of service is reached"),
+    ("Assoc", "a limit of the account is reached"),
+    ("MaxJobs", "as many of your jobs run as are allowed"),
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """What Slurm says about one job.
@@ -75,16 +99,25 @@ class Job:
         job_id: its id; ``123_4`` for a member of an array.
         state: the state's first word, such as ``CANCELLED``.
         detail: what else the state said (``by 0``) and the reason, if any.
+        start: when it started or is expected to start, ISO 8601 in UTC; empty if Slurm cannot tell.
     """
 
     job_id: str
     state: str
     detail: str = ""
+    start: str = ""
 
     @property
     def phase(self) -> str:
         """Returns `PENDING`, `RUNNING`, `ENDED` or, for a word we do not know, `UNKNOWN`."""
         return _PHASES.get(self.state, UNKNOWN)
+
+    def waiting(self) -> str:
+        """Returns why a pending job does not run: Slurm's word, and what it means."""
+        known = _REASONS.get(self.detail.partition(",")[0])
+        family = next((text for prefix, text in _REASON_FAMILIES if self.detail.startswith(prefix)), "")
+        meaning = (known or family).format(job_id=self.job_id)
+        return f"{self.detail}: {meaning}" if meaning else self.detail
 
     def ending(self) -> tuple[str, str, str]:
         """Returns our state, the fault kind and a sentence for a job that ended and left no status.
@@ -96,12 +129,12 @@ class Job:
         return state, kind, f"{text} (Slurm: {self.state}{detail})"
 
 
-SQUEUE = ("squeue", "--noheader", "--states=all", "--format=%i|%T|%r", "--jobs")
-SACCT = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason", "--jobs")
+SQUEUE = ("squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%S", "--jobs")
+SACCT = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason,Start", "--jobs")
 
 
 def parse_jobs(text: str) -> dict[str, Job]:
-    """Returns job id -> job for lines ``id|state|reason`` of squeue or sacct; other lines are ignored.
+    """Returns job id -> job for lines ``id|state|reason|start`` of squeue or sacct; other lines are ignored.
 
     Steps (``12.batch``) are ignored; a later line of the same id wins, as in ``sacct --duplicates``.
     """
@@ -110,15 +143,24 @@ def parse_jobs(text: str) -> dict[str, Job]:
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) < 2 or not cells[0] or "." in cells[0] or not cells[1]:
             continue
-        jobs[cells[0]] = _job(*cells[:3])
+        jobs[cells[0]] = _job(*cells[:4])
     return jobs
 
 
-def _job(job_id: str, state: str, reason: str = "") -> Job:
+def _job(job_id: str, state: str, reason: str = "", start: str = "") -> Job:
     # sacct writes "CANCELLED by 1000", and "CANCELLED+" where the column is too narrow
     word, _, rest = state.partition(" ")
     words = [rest.strip(), "" if reason in ("None", "") else reason]
-    return Job(job_id, word.rstrip("+"), ", ".join(part for part in words if part))
+    return Job(job_id, word.rstrip("+"), ", ".join(part for part in words if part), utc(start))
+
+
+def utc(local: str) -> str:
+    """Returns a time as Slurm prints it, in the zone of this machine, as ISO 8601 in UTC; empty for N/A."""
+    try:
+        moment = datetime.datetime.fromisoformat(local).astimezone(datetime.timezone.utc)
+    except ValueError:
+        return ""
+    return moment.isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -147,6 +189,25 @@ def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
     past, past_complaint = _listed(SACCT, missing, timeout_s) if missing else ({}, "")
     complaints = tuple(filter(None, (queue_complaint, past_complaint)))
     return Answer(past | queue, not queue_complaint, complaints)
+
+
+class AlreadyEndedError(SchedulerError):
+    """Slurm has nothing to cancel: the jobs have ended or are forgotten."""
+
+
+def cancel(job_ids: Sequence[str], *, timeout_s: float) -> None:
+    """Cancels jobs by id, with one scancel.
+
+    Raises:
+        AlreadyEndedError: none of them is left to cancel.
+        SchedulerError: scancel is missing, refuses or does not answer.
+    """
+    try:
+        command_output(["scancel", *job_ids], timeout_s=timeout_s)
+    except SchedulerError as error:
+        if "Invalid job id" in str(error) or "already completing" in str(error):
+            raise AlreadyEndedError(str(error)) from error
+        raise
 
 
 def _listed(program: Sequence[str], job_ids: Sequence[str], timeout_s: float) -> tuple[dict[str, Job], str]:
