@@ -14,7 +14,6 @@ Layout (every name is spelled here and nowhere else)::
       attempts/<n>/cancel-request exists when a person has cancelled: the run must not be restarted
       attempts/<n>/finished.yaml  the workers reached the end; written by rank 0
       attempts/<n>/faults/*.yaml  one file per process that failed
-      attempts/<n>/scheduler.yaml what the scheduler says about the job; written when the attempt ends
       attempts/<n>/logs/          node<k>.out, node<k>.err (and rank<r>.* where ranks are started singly)
       attempts/<n>/logs/torchrun/ what torchrun keeps of each of its ranks
       submit/                     submitit's own folder
@@ -294,11 +293,6 @@ class Attempt:
     def plan_yaml(self) -> Path:
         """Plan and provenance of a resume; the plan holds for later attempts too."""
         return self.path / "plan.yaml"
-
-    @property
-    def scheduler_yaml(self) -> Path:
-        """The scheduler's own record of the job."""
-        return self.path / "scheduler.yaml"
 
     @property
     def finished_yaml(self) -> Path:

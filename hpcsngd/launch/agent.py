@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Literal
 
 from hpcsngd import __version__, rundir
-from hpcsngd.launch import commands, environment, outcome, place, ports, processes, verdict
+from hpcsngd.launch import (
+    commands,
+    environment,
+    hardware,
+    outcome,
+    place,
+    ports,
+    processes,
+    slurm,
+    verdict,
+)
 from hpcsngd.launch.outcome import AgentFaultError, Ended
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
@@ -137,6 +147,8 @@ class Supervisor:
                 "python": platform.python_version(),
                 "submitit": version("submitit"),
             },
+            "hardware": hardware.facts(),
+            "job": slurm.job_record(self._place.job_id) if self._plan.scheduler == "slurm" else {},
         }
         rundir.write_yaml(self._attempt.attempt_yaml, facts)
 

@@ -7,6 +7,7 @@ limit: a controller that is down lets its clients hang for minutes.
 from __future__ import annotations
 
 import datetime
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,32 @@ class Job:
         return state, kind, f"{text} (Slurm: {self.state}{detail})"
 
 
+_FACT = re.compile(r"(?:^| )([A-Za-z][\w/:]*)=(\S*)")
+_RECORD_S = 10.0
+_RECORDED = (
+    "JobId",
+    "ArrayJobId",
+    "ArrayTaskId",
+    "JobName",
+    "Account",
+    "QOS",
+    "Partition",
+    "Reservation",
+    "Priority",
+    "Restarts",
+    "SubmitTime",
+    "EligibleTime",
+    "StartTime",
+    "TimeLimit",
+    "NodeList",
+    "BatchHost",
+    "NumNodes",
+    "NumCPUs",
+    "TRES",
+    "Features",
+    "Dependency",
+)
+
 SQUEUE = ("squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%S", "--jobs")
 SACCT = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason,Start", "--jobs")
 
@@ -208,6 +235,24 @@ def cancel(job_ids: Sequence[str], *, timeout_s: float) -> None:
         if "Invalid job id" in str(error) or "already completing" in str(error):
             raise AlreadyEndedError(str(error)) from error
         raise
+
+
+def job_record(job_id: str) -> dict[str, str]:
+    """Returns what Slurm has on record of a job, by its own names; empty where it cannot be asked.
+
+    Only the `_RECORDED` facts: others, such as the command and its environment, may hold what is private.
+    """
+    try:
+        told = command_output(["scontrol", "show", "job", job_id, "--oneliner"], timeout_s=_RECORD_S)
+    except SchedulerError:
+        return {}
+    return parse_record(told)
+
+
+def parse_record(text: str) -> dict[str, str]:
+    """Returns the `_RECORDED` facts in one line of ``scontrol show job --oneliner``."""
+    facts = dict(_FACT.findall(text))
+    return {name: facts[name] for name in _RECORDED if facts.get(name) not in (None, "", "(null)", "N/A")}
 
 
 def _listed(program: Sequence[str], job_ids: Sequence[str], timeout_s: float) -> tuple[dict[str, Job], str]:
