@@ -27,6 +27,8 @@ _WARNING = re.compile(r"^\[?W\d{4} ")
 _WORKER_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
+# several slurmd on one machine add the node's name
+_SLURMSTEPD = r"^slurmstepd(?:-\S+)?: error: "
 _EXCEPTION = r"^(?:[\w.]+\.)?"
 _CAUSES: tuple[tuple[str, str], ...] = (
     ("configuration", r"^hpcsngd: preload line \d+ failed: "),
@@ -40,10 +42,12 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ("quota", r"No space left on device|Disk quota exceeded"),
     (
         "configuration",
-        r"^slurmstepd: error: execve\(\): .+: (?:No such file or directory|Permission denied)$",
+        _SLURMSTEPD + r"execve\(\): .+: (?:No such file or directory|Permission denied)$",
     ),
     ("configuration", r"^FATAL: +\S+: executable file not found in \$PATH"),
     ("import_error", r"\blib[\w.+-]+: cannot open shared object file: No such file or directory"),
+    # torchvision and torch of different builds
+    ("import_error", r"^RuntimeError: operator torchvision::\w+ does not exist"),
     ("architecture", r"^FATAL: .*(?:could not open image|[Ii]mage format not recognized)"),
     ("architecture", r"version [`']GLIBC(?:XX)?_[\d.]+' not found"),
     ("architecture", r"no kernel image is available for execution on the device"),
@@ -52,9 +56,10 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ("nan", r"^RuntimeError: Function '\w+' returned nan values in its \d+th output"),
     ("missing_data", _EXCEPTION + r"MissingDataError: "),
     ("missing_data", r"^RuntimeError: Dataset not found"),
-    ("walltime", r"^slurmstepd: error: \*\*\* .+ DUE TO TIME LIMIT"),
-    ("preempted", r"^slurmstepd: error: \*\*\* .+ DUE TO PREEMPTION"),
-    ("node_failure", r"^slurmstepd: error: \*\*\* .+ DUE TO NODE FAILURE|^srun: error: Node failure on "),
+    ("walltime", _SLURMSTEPD + r"\*\*\* .+ DUE TO TIME LIMIT"),
+    ("preempted", _SLURMSTEPD + r"\*\*\* .+ DUE TO PREEMPTION"),
+    ("node_failure", _SLURMSTEPD + r"\*\*\* .+ DUE TO NODE FAILURE"),
+    ("node_failure", r"^srun: error: Node failure on "),
     ("node_failure", r"uncorrectable ECC error encountered|GPU is lost\.? "),
     ("hang", r"Watchdog caught collective operation timeout: "),
 )
@@ -68,7 +73,7 @@ _ECHOES: tuple[tuple[str, str], ...] = (
     ("hang", r"Timed out waiting \d+ms for (?:recv|send) operation to complete"),
     ("killed", r"^(?:.*: line \d+: +\d+ )?Killed\b"),
     # of the whole job: a step is also cancelled when one of its tasks fails
-    ("killed", r"^slurmstepd: error: \*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ \*\*\*$"),
+    ("killed", _SLURMSTEPD + r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ \*\*\*$"),
 )
 # how slurmstepd dates and places what it did
 _EVENT = re.compile(r" ON (?P<host>\S+) CANCELLED AT (?P<time>[\dT:-]+)")
