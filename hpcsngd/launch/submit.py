@@ -21,10 +21,7 @@ from submitit.core.utils import FailedSubmissionError
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, processes, provenance, status
-from hpcsngd.launch.agent import NodeAgent
-from hpcsngd.launch.executors import LocalSiteExecutor, SlurmSiteExecutor
-from hpcsngd.launch.plan import Plan
+from hpcsngd.launch import plan, provenance, sending, status
 from hpcsngd.rundir import Fault, RunDir, Status
 
 log = logging.getLogger(__name__)
@@ -71,7 +68,7 @@ def submit(
     run = rundir.create(root, made.job_name, record)
     _say_what_is_dropped()
     try:
-        job_id = _send(run, made)
+        job_id = sending.send(run, made, 1)
     except (SchedulerError, FailedSubmissionError) as error:
         reason = f"not submitted: {error}"
         fault = Fault("configuration", reason, socket.gethostname(), node=0)
@@ -84,23 +81,6 @@ def _say_what_is_dropped() -> None:
     names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
     if names:
         log.warning("ignored, because they would override the script: %s", ", ".join(names))
-
-
-def _send(run: RunDir, made: Plan) -> str:
-    run.submit_dir.mkdir()
-    executor_class = SlurmSiteExecutor if made.scheduler == "slurm" else LocalSiteExecutor
-    executor = executor_class(run.submit_dir, made)
-    job_id = str(executor.submit(NodeAgent(str(run.path), 1)).job_id)
-    facts: dict[str, str | int | None] = {
-        "scheduler": made.scheduler,
-        "job_id": job_id,
-        "host": socket.gethostname(),
-        "utc": rundir.utc_now(),
-    }
-    if made.scheduler == "local":
-        facts["start_ticks"] = processes.start_ticks(int(job_id))
-    rundir.write_yaml(run.attempt(1).submitted_yaml, facts)
-    return job_id
 
 
 def wait(
