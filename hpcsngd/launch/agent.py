@@ -31,7 +31,7 @@ from hpcsngd.launch import (
     verdict,
     watch,
 )
-from hpcsngd.launch.outcome import AgentFaultError, Ended
+from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
 from hpcsngd.launch.walltime import RESERVE_S
@@ -83,7 +83,7 @@ class NodeAgent:
         plan = Plan.from_record(run.record()["plan"])
         here = place.locate()
         attempt = run.attempt(self.attempt + here.restarts)
-        context = outcome.Context(run, plan, here, attempt, place.time_left_s(here, plan))
+        context = Context(run, plan, here, attempt, place.time_left_s(here, plan))
         is_adopting = processes.adopt_orphans()
         log.info("agent %d of %d on %s, orphans adopted: %s", here.index, here.agents, here.host, is_adopting)
         with Stop() as stop:
@@ -100,7 +100,7 @@ class NodeAgent:
 class Supervisor:
     """Starts the workers, watches them, and starts them again when the rendezvous moves."""
 
-    def __init__(self, context: outcome.Context, stop: Stop) -> None:
+    def __init__(self, context: Context, stop: Stop) -> None:
         self._context = context
         self._run = context.run
         self._plan = context.plan

@@ -99,7 +99,8 @@ def _record(attempt: rundir.Attempt, error: Exception, rank: int) -> None:
         log.error("cannot record the fault: %s", problem)  # noqa: TRY400
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Runs `main` as all that this process is for; does not return."""
     # An agent that is killed cannot end its workers, and the kernel's word needs no scheduler.
     lifeline.bind_to_parent()
     # The agent asks for the stacks of all threads when nothing goes on any more.
@@ -111,3 +112,7 @@ if __name__ == "__main__":
         # An orderly exit may wait for ever on a collective that other ranks will not join.
         os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

@@ -13,7 +13,7 @@ import pytest
 from hpcsngd import rundir
 from hpcsngd.errors import RunFailedError
 from hpcsngd.launch import outcome, ownjob, place, plan
-from hpcsngd.launch.outcome import AgentFaultError, Context, Ended
+from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.stop import Stop
 from hpcsngd.rundir import Fault
