@@ -43,7 +43,7 @@ class Watch:
         self._start_timeout_s, self._hang_timeout_s = start_timeout_s, hang_timeout_s
         self._every_s = min(LOOK_S, start_timeout_s / 4, hang_timeout_s / 4)
         self._since = self._next = now
-        self._seen: list[Beat | None] = []
+        self._seen: list[Beat | None] = [None] * len(self._names)
 
     def silence(self, now: float) -> float | None:
         """Returns the seconds since the last progress if they are too many, else None; reads files seldom."""

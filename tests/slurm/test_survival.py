@@ -1,8 +1,8 @@
 """Runs that are stopped, killed and moved on the real cluster, and go on as if nothing had happened.
 
 Each scenario trains the same digits experiment on 2 nodes x 2 ranks, slowed down so that it can be hit
-between its steps; where a run goes on, its metrics and weights equal those of a run that nobody disturbed, bit
-for bit. Scenarios that do not disturb each other share a test: their time is mostly waiting.
+between its steps; where a run goes on, its metrics and weights equal those of a run that nobody disturbed,
+bit for bit. Scenarios that do not disturb each other share a test: their time is mostly waiting.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ def crash(site: Site) -> None:
         try:
             if folder.name.isdigit() and (folder / "ns" / "net").readlink() == network:
                 os.kill(int(folder.name), signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # gone meanwhile, or the kernel's own
             continue
 
 
