@@ -29,16 +29,18 @@ def test_a_missing_or_torn_beat_is_none(tmp_path: Path) -> None:
 
 
 def test_position_goes_by_step_then_phase() -> None:
-    places = [(3, "update"), (3, "evaluate"), (4, "data"), (4, "reduce")]
+    places = [(4, "reduce"), (3, "update"), (4, "data"), (3, "evaluate")]
     beats = [Beat("rank0", "n0", 1, phase, step=step) for step, phase in places]
-    assert sorted(reversed(beats), key=lambda beat: beat.position) == beats
+    in_order = [(beat.step, beat.phase) for beat in sorted(beats, key=lambda beat: beat.position)]
+    assert in_order == [(3, "update"), (3, "evaluate"), (4, "data"), (4, "reduce")]
 
 
 def test_a_bound_process_ends_with_its_parent(tmp_path: Path) -> None:
     child = "from hpcsngd import lifeline; lifeline.bind_to_parent(); print('bound', flush=True); input()"
     parent = (
         "import subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "pipe = subprocess.PIPE\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=pipe, stdout=pipe)\n"
         "child.stdout.readline()\n"
         "print(child.pid, flush=True)\n"
         "sys.stdin.read()\n"

@@ -237,9 +237,8 @@ def _finish(context: Context, ending: Ending) -> None:
         rundir.write_yaml(context.attempt.ended_yaml, {**facts, "next": "scheduler"})
         return
     if against is None:
-        rundir.write_yaml(context.attempt.ended_yaml, facts)
         try:
-            requeue.go_on(context.run, context.plan, context.attempt, context.place.job_id)
+            requeue.go_on(context.run, context.plan, context.attempt, context.place.job_id, facts)
         except SchedulerError as error:
             against = str(error)
         else:

@@ -8,6 +8,8 @@ agent submits a new job for the same run that waits for the end of this one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from submitit.core.utils import FailedSubmissionError
 
@@ -60,15 +62,14 @@ def attempts_in_a_row(run: RunDir, attempt: Attempt, restarts: int) -> int:
     return attempt.number - first + 1
 
 
-def go_on(run: RunDir, plan: Plan, attempt: Attempt, job_id: str) -> None:
-    """Puts the run back in the queue and records how in ``ended.yaml``, which the caller has begun.
+def go_on(run: RunDir, plan: Plan, attempt: Attempt, job_id: str, facts: Mapping[str, Any]) -> None:
+    """Puts the run back in the queue; writes ``ended.yaml`` with the facts and with how it goes on.
 
     After a requeue the scheduler ends this job at once, so nothing may be left to do.
 
     Raises:
         SchedulerError: neither way works; with both reasons.
     """
-    facts = rundir.read_yaml(attempt.ended_yaml)
     rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "requeue", "job_id": job_id})
     try:
         command_output(["scontrol", "requeue", job_id], timeout_s=plan.command_timeout_s)

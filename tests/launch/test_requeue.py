@@ -104,8 +104,7 @@ def refusing(text: str) -> Callable[..., str]:
 
 
 def go_on(run: RunDir, made: Plan) -> dict[str, Any]:
-    rundir.write_yaml(run.attempt(1).ended_yaml, {"state": "preempted"})
-    requeue.go_on(run, made, run.attempt(1), "7")
+    requeue.go_on(run, made, run.attempt(1), "7", {"state": "preempted"})
     return rundir.read_yaml(run.attempt(1).ended_yaml)
 
 
@@ -127,7 +126,7 @@ def test_both_reasons_are_told_if_neither_works(
 ) -> None:
     monkeypatch.setattr(requeue, "command_output", refusing("no scontrol"))
     monkeypatch.setattr(sending, "send", refusing("no sbatch"))
-    with pytest.raises(SchedulerError, match="^no scontrol; no sbatch$"):
+    with pytest.raises(SchedulerError, match=r"^no scontrol; no sbatch$"):
         go_on(run, made)
     assert not run.attempt(1).ended_yaml.exists()
 

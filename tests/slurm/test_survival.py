@@ -302,13 +302,17 @@ def slurmd(site: Site, index: int) -> Any:
 
 
 def bring_back(cluster: SlurmCluster, site: Site) -> None:
+    """Has Slurm notice that node 2 is gone, which would take minutes, and starts it again."""
     name = site.shape.node_names[1]
     cluster.run("scontrol", "update", f"nodename={name}", "state=down", "reason=crashed")
     services.start_node(site, 2)
-    cluster.run("scontrol", "update", f"nodename={name}", "state=resume")
-    wait_until(
-        lambda: "idle" in cluster.run("sinfo", "-h", "-n", name, "-o", "%t"), f"the return of {name}", 30
-    )
+
+    def is_back() -> bool:
+        # with ReturnToService=2 it comes back by itself, and to resume it then is refused
+        cluster.call("scontrol", "update", f"nodename={name}", "state=resume")
+        return cluster.run("sinfo", "-h", "-n", name, "-o", "%t").split()[0] in ("idle", "mix", "alloc")
+
+    wait_until(is_back, f"the return of {name}")
 
 
 def crash(site: Site) -> None:
