@@ -11,7 +11,10 @@ Layout (every name is spelled here and nowhere else)::
       attempts/<n>/rendezvous.yaml  master host and port in force
       attempts/<n>/plan.yaml      the plan, where a resume asked for other resources than run.yaml has
       attempts/<n>/stop-request   exists when workers should checkpoint and leave
-      attempts/<n>/cancel-request exists when a person has cancelled: the run must not be restarted
+      attempts/<n>/stopped.yaml   the workers did so: step and seconds; written by rank 0
+      attempts/<n>/cancel-request  exists when a person has cancelled: the run must not be restarted
+      attempts/<n>/ended.yaml     how the attempt ended if the run goes on in another; written by an agent
+      attempts/<n>/heartbeats/    one file per rank and agent, see `hpcsngd.lifeline`
       attempts/<n>/finished.yaml  the workers reached the end; written by rank 0
       attempts/<n>/faults/*.yaml  one file per process that failed
       attempts/<n>/logs/          node<k>.out, node<k>.err (and rank<r>.* where ranks are started singly)
@@ -117,6 +120,7 @@ class Fault:
         rank: the failing rank; None for an agent.
         node: node number in the job, from 0.
         evidence: lines of the log that show it.
+        is_echo: whether it looks like the consequence of another process's end, such as a torn connection.
     """
 
     kind: str
@@ -126,6 +130,7 @@ class Fault:
     rank: int | None = None
     node: int | None = None
     evidence: list[str] = field(default_factory=list)
+    is_echo: bool = False
 
     def line(self) -> str:
         """Returns the fault as one line: kind, message, where, when."""
@@ -285,6 +290,11 @@ class Attempt:
         return self.path / "stop-request"
 
     @property
+    def stopped_yaml(self) -> Path:
+        """Written by rank 0 when the workers have checkpointed on a stop request and leave."""
+        return self.path / "stopped.yaml"
+
+    @property
     def cancel_request(self) -> Path:
         """Exists when a person has cancelled the run; written before the scheduler is asked to."""
         return self.path / "cancel-request"
@@ -293,6 +303,16 @@ class Attempt:
     def plan_yaml(self) -> Path:
         """Plan and provenance of a resume; the plan holds for later attempts too."""
         return self.path / "plan.yaml"
+
+    @property
+    def ended_yaml(self) -> Path:
+        """How the attempt ended although the run goes on: state, reason, and what starts the next one."""
+        return self.path / "ended.yaml"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the heartbeats of ranks and agents."""
+        return self.path / "heartbeats"
 
     @property
     def finished_yaml(self) -> Path:
@@ -335,11 +355,15 @@ class Attempt:
     def faults(self) -> list[Fault]:
         """Returns all recorded faults, the first cause first.
 
-        A rank's own fault explains more than its agent's, and a known kind more than an unknown one, so
-        those come before; within a class the earliest is first.
+        A cause goes before an echo, a rank's own fault explains more than its agent's, and a known kind more
+        than an unknown one; within a class the earliest is first.
         """
         found = [Fault(**read_yaml(file)) for file in sorted((self.path / "faults").glob("*.yaml"))]
-        return sorted(found, key=lambda fault: (fault.rank is None, fault.kind == "unknown", fault.utc))
+        return sorted(found, key=_first_cause)
+
+
+def _first_cause(fault: Fault) -> tuple[bool, bool, bool, str]:
+    return fault.is_echo, fault.rank is None, fault.kind == "unknown", fault.utc
 
 
 @dataclass(frozen=True)
@@ -387,6 +411,11 @@ class RunDir:
     def checkpoints_dir(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    def newest_checkpoint(self) -> str:
+        """Returns the name of the newest checkpoint's folder by the file ``latest``; empty without one."""
+        file = self.checkpoints_dir / "latest"
+        return file.read_text(encoding="utf-8").strip() if file.exists() else ""
 
     @property
     def report_html(self) -> Path:

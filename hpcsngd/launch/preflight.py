@@ -93,7 +93,7 @@ def scheduler_problems(resolved: Resolved) -> list[str]:
     }
     request = partitions.Request(
         nodes=resolved.nodes,
-        walltime_min=resolved.walltime_min,
+        walltime_min=refusals.job_walltime_min(resolved),
         partition=asked["partition"] or None,
         account=asked["account"] or None,
         qos=asked["qos"] or None,

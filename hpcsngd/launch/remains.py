@@ -52,6 +52,8 @@ def read(run: RunDir, attempt: Attempt, *, may_be_complete: bool) -> Ending | No
 
 def cancelled_by(attempt: Attempt) -> str:
     """Returns who asked for the end of an attempt, in one line."""
+    if not attempt.cancel_request.stat().st_size:
+        return "cancelled"  # a note made by hand
     facts = rundir.read_yaml(attempt.cancel_request)
     return f"cancelled by {facts['user']} on {facts['host']}, {facts['utc']}"
 

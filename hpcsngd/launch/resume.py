@@ -12,7 +12,8 @@ from hpcsngd.config.resolve import Override, Resolved
 from hpcsngd.errors import ConfigError, PreflightError
 from hpcsngd.launch import preflight, provenance, status
 from hpcsngd.launch.plan import Directive
-from hpcsngd.launch.submit import Submitted, need_scheduler, send, submit
+from hpcsngd.launch.sending import send
+from hpcsngd.launch.submit import Submitted, need_scheduler, submit
 from hpcsngd.rundir import RunDir
 
 _MAY_CHANGE = ("site.", "experiment.resources.")

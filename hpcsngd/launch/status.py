@@ -167,7 +167,7 @@ def newest_job(run: RunDir) -> Job | None:
                 host=str(facts.get("host", "")),
                 start_ticks=facts.get("start_ticks"),
                 utc=str(facts["utc"]),
-                has_started=attempts[-1].attempt_yaml.exists(),
+                has_started=attempts[-1].attempt_yaml.exists() and not attempts[-1].ended_yaml.exists(),
                 is_queued=bool(facts.get("queued")),
             )
     return None

@@ -7,8 +7,6 @@ not answer, the directory stays, with a failed status that quotes it; the script
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 import shutil
 import socket
 import time
@@ -17,18 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import FailedSubmissionError
-
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, preflight, processes, provenance, status
-from hpcsngd.launch.agent import NodeAgent
-from hpcsngd.launch.executors import LocalSiteExecutor, SlurmSiteExecutor
+from hpcsngd.launch import plan, preflight, provenance, sending, status
 from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import Fault, RunDir, Status
-
-log = logging.getLogger(__name__)
 
 ENDED_POLLS = 3
 """A job must be gone in so many polls before its silence counts: its status may be on its way to us."""
@@ -78,7 +70,7 @@ def submit(
     }
     run = rundir.create(root, made.job_name, record)
     try:
-        job_id = send(run, made, 1, **(directives or {}))
+        job_id = sending.send(run, made, 1, **(directives or {}))
     except SchedulerError as error:
         reason = f"not submitted: {error}"
         fault = Fault("configuration", reason, socket.gethostname(), node=0)
@@ -98,46 +90,6 @@ def need_scheduler(made: Plan) -> None:
             f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
             "(--dry-run works anywhere)"
         )
-
-
-def send(run: RunDir, made: Plan, attempt: int, **directives: Directive) -> str:
-    """Submits one attempt of a run and records the job; returns the scheduler's id.
-
-    Args:
-        run: the run.
-        made: its plan.
-        attempt: number of the attempt.
-        directives: more directives for this submission alone, with ``_`` for ``-``.
-
-    Raises:
-        SchedulerError: the scheduler refuses or does not answer.
-    """
-    _say_what_is_dropped()
-    more = {name.replace("_", "-"): value for name, value in directives.items()}
-    asked = dataclasses.replace(made, directives=made.directives | more)
-    run.submit_dir.mkdir(exist_ok=True)
-    executor_class = SlurmSiteExecutor if made.scheduler == "slurm" else LocalSiteExecutor
-    executor = executor_class(run.submit_dir, asked)
-    try:
-        job_id = str(executor.submit(NodeAgent(str(run.path), attempt)).job_id)
-    except FailedSubmissionError as error:
-        raise SchedulerError(str(error)) from error
-    facts: dict[str, str | int | None] = {
-        "scheduler": made.scheduler,
-        "job_id": job_id,
-        "host": socket.gethostname(),
-        "utc": rundir.utc_now(),
-    }
-    if made.scheduler == "local":
-        facts["start_ticks"] = processes.start_ticks(int(job_id))
-    rundir.write_yaml(run.attempt(attempt).submitted_yaml, facts)
-    return job_id
-
-
-def _say_what_is_dropped() -> None:
-    names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
-    if names:
-        log.warning("ignored, because they would override the script: %s", ", ".join(names))
 
 
 def wait(
