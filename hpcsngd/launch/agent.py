@@ -277,7 +277,9 @@ class Supervisor:
             watch.dump_stacks(self._attempt.heartbeats, self._ranks, logs)
             return "hang"
         self._faults_since = (self._faults_since or now) if faults else 0.0
-        return "peer" if faults and now - self._faults_since > PEER_GRACE_S else None
+        # an agent that is about to be killed must use the time for its last word
+        grace_s = 0.0 if self._stop.is_terminated else PEER_GRACE_S
+        return "peer" if faults and now - self._faults_since >= grace_s else None
 
     def _mind_the_limit(self, now: float) -> None:
         walltime, beat = self._context.walltime, self._context.rank_0
@@ -299,7 +301,8 @@ class Supervisor:
 
     def _ended(self, by: Reason, child: processes.Child) -> Ended:
         self._context.sign(by)  # ending them takes a while: no silence
-        child.end(0.0 if self._stop.is_hard or by == "hang" else END_GRACE_S)
+        is_urgent = self._stop.is_hard or by == "hang" or (by == "peer" and self._stop.is_terminated)
+        child.end(0.0 if is_urgent else END_GRACE_S)
         return Ended(by, child.poll() or 0, child.tail())
 
     def _is_again(self, ended: Ended, meeting: Rendezvous) -> bool:

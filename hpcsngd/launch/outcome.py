@@ -206,7 +206,7 @@ def _record_silence(context: Context, silent: Sequence[Beat], stop: Stop) -> Non
     """Records that an agent is gone: with its node, unless the launcher has noticed and ends the others."""
     first = silent[0]
     node = int(first.name.removeprefix("agent")) // context.plan.agents_per_node
-    if signal.SIGTERM in stop.received:
+    if stop.is_terminated:
         kind, text = "killed", f"the agent of node {node} was killed"
     else:
         kind, text = "node_failure", f"node {node} fell silent"

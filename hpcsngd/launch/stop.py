@@ -42,6 +42,11 @@ class Stop:
         return bool(self.received) or self.is_at_limit
 
     @property
+    def is_terminated(self) -> bool:
+        """Returns whether the scheduler has begun to end the job: it kills seconds later."""
+        return signal.SIGTERM in self.received
+
+    @property
     def is_hard(self) -> bool:
         """Returns whether there is no time left for an orderly end."""
         return signal.SIGINT in self.received
