@@ -263,6 +263,8 @@ class Diagnostics(Strict):
     """Seconds by phase, bytes sent, memory by kind."""
     rank_analysis: bool = False
     """Effective matrix rank of the kernels at each refresh."""
+    rank_shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.9], min_length=1)
+    """Shares of the sum of singular values whose rank `rank_analysis` tells."""
     grad_norm: bool = False
     """Gradient norm of each covered layer, every step."""
     grad_error: bool = False
