@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcsngd.errors import PreflightError, RunDirError
-from hpcsngd.rundir import RunDir, read_yaml, write_yaml
+from hpcsngd.rundir import RunDir, open_run, read_yaml, write_yaml
 
 SCHEMA = 1
 SWEEP_YAML = "sweep.yaml"
@@ -162,6 +162,15 @@ def open_sweep(path: Path) -> SweepDir:
     if schema != SCHEMA:
         raise RunDirError(f"{sweep.sweep_yaml}: schema {schema!r}; this version knows {SCHEMA}")
     return sweep
+
+
+def runs_at(path: Path) -> list[RunDir]:
+    """Returns the runs of the sweep in a directory, or the one run.
+
+    Raises:
+        RunDirError: neither a sweep's nor a run's directory, or an unknown schema.
+    """
+    return open_sweep(path).runs() if is_sweep(path) else [open_run(path)]
 
 
 def run_name(index: int, cell_id: str) -> str:

@@ -114,7 +114,8 @@ _ALL = (
                 "phase",
                 "str",
                 "",
-                "data, forward, backward, capture, gather, factorise, precondition, update, ...",
+                "data, forward, backward, update; of a preconditioner: capture, gather, factorise, invert, "
+                "project, precondition, broadcast, observe",
             ),
             Column("seconds", "float", "s", "time of the phase in this step"),
         ),
@@ -140,14 +141,19 @@ _ALL = (
         (
             _ATTEMPT,
             _STEP,
-            Column("kind", "str", "", "rows, kernels, factors, ..."),
+            Column(
+                "kind",
+                "str",
+                "",
+                "captured (this rank's rows, before the exchange), rows, factors, comparison, ...",
+            ),
             Column("size_bytes", "int", "B", "held by the preconditioner on rank 0 after the step"),
         ),
         doc="Memory of the preconditioner by kind; with diagnostics.profiling.",
     ),
     Table(
         "rank_analysis",
-        ("step", "layer"),
+        ("step", "layer", "share"),
         (
             _ATTEMPT,
             _EPOCH,

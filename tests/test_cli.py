@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from hpcsngd import rundir
+from hpcsngd.config import resolve
+from hpcsngd.launch import plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,6 +139,27 @@ def test_show_schema_is_json() -> None:
         (("show", "--exp", "digits-hylo", "--set", "epochs=x"), 2, "epochs: input should be a valid integer"),
         (("status", "/nonexistent/run"), 2, "does not exist"),
         (("report", "/nonexistent/run"), 2, "does not exist"),
+        (("logs", "/nonexistent/run"), 2, "does not exist"),
+        (("logs", ".", "--rank", "0", "--node", "0"), 2, "give --rank or --node, not both"),
+        (("cancel", "."), 2, "has no run.yaml: it is not a run directory"),
+        (("resume", "/nonexistent/run"), 2, "does not exist"),
+        (("rerun", "/nonexistent/run"), 2, "does not exist"),
+        (("diff", "/nonexistent/run", "."), 2, "does not exist"),
+        (("submit", "--site", "local", "--exp", "digits-sgd", "--hold"), 3, "need a scheduler with a queue"),
+        (
+            (
+                "submit",
+                "--site",
+                "local",
+                "--exp",
+                "digits-sgd",
+                "--set",
+                "site.env.MY_TOKEN=abcdefgh1",
+                "--dry-run",
+            ),
+            2,
+            "site.env.MY_TOKEN (--set site.env.MY_TOKEN): it looks like a secret",
+        ),
         (("show", "--site", "/nonexistent.yaml"), 2, "no site file at /nonexistent.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -154,6 +178,66 @@ def test_completion_offers_names() -> None:
     assert "digits-sgd" in hpcsngd(**env).stdout
 
 
+RUNS = ROOT / "tests" / "data" / "runs"
+
+
+def recorded_run(folder: Path) -> rundir.RunDir:
+    """Returns a run as submit makes one, without a job."""
+    resolved = resolve.resolve("local", "digits-sgd")
+    record = {"config": resolved.to_record(), "plan": plan.make(resolved).to_record()}
+    return rundir.create(folder, "x", record)
+
+
+def test_status_tells_the_verdict_of_a_single_run(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path)
+    fault = rundir.Fault("nan", "loss is nan", "node1", rank=1, evidence=["step 7: nan"])
+    run.write_status(rundir.Status("failed", fault.line(), 1, fault=dataclasses.asdict(fault)))
+    done = hpcsngd("status", run.name, cwd=tmp_path)
+    assert done.returncode == 0
+    first, *others = done.stdout.splitlines()
+    assert first.startswith(f"failed     {run.name}  nan: loss is nan (rank 1 on node1, ")
+    assert others == ["  evidence:", "    step 7: nan", f"  logs: hpcsngd logs {run.name}"]
+
+
+def test_diff_of_two_runs() -> None:
+    words = ("diff", str(RUNS / "complete"), str(RUNS / "failed"))
+    found = json.loads(hpcsngd(*words, "--json").stdout)
+    assert found["outcome"]["state"] == ["completed", "failed"]
+    assert list(found) == ["runs", "config", "code", "environment", "hardware", "outcome"]
+    text = hpcsngd(*words).stdout
+    assert "    < completed\n    > failed\n" in text
+
+
+def test_logs_of_a_run_without_logs(tmp_path: Path) -> None:
+    done = hpcsngd("logs", str(recorded_run(tmp_path).path))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no logs yet in" in done.stderr
+
+
 def test_status_of_an_empty_root(tmp_path: Path) -> None:
     done = hpcsngd("status", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "no runs in runs\n")
+
+
+def test_a_verb_that_does_not_exist_is_answered_with_the_closest() -> None:
+    done = hpcsngd("docter")
+    assert done.returncode == 2
+    assert "did you mean 'doctor'?" in done.stderr
+
+
+def test_doctor_looks_at_this_machine_and_a_site(tmp_path: Path) -> None:
+    done = hpcsngd("doctor", "--site", "local", "--json", cwd=tmp_path)
+    record = json.loads(done.stdout)
+    assert done.returncode == (1 if record["is_broken"] else 0)
+    verdicts = {row["name"]: row["verdict"] for row in record["findings"]}
+    assert verdicts["torch"] == "ok"
+    assert verdicts["scheduler"] == "ok"
+    assert "python" in hpcsngd("doctor").stdout
+
+
+def test_doctor_ends_with_1_where_something_is_broken(tmp_path: Path) -> None:
+    site = tmp_path / "gone.yaml"
+    site.write_text("description: d\nscheduler: {kind: local}\nlaunch: {python: /nowhere/python}\n")
+    done = hpcsngd("doctor", "--site", str(site))
+    assert done.returncode == 1
+    assert "broken   torch" in done.stdout

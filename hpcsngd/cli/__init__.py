@@ -15,15 +15,21 @@ import sys
 import click
 
 from hpcsngd import __version__
-from hpcsngd.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, HpcsngdError
+from hpcsngd.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, HpcsngdError, did_you_mean
 
 VERBS = {
     "submit": "submit",
     "status": "status",
+    "logs": "logs",
+    "cancel": "runs",
+    "resume": "runs",
+    "rerun": "runs",
+    "diff": "runs",
     "report": "report",
     "show": "configuration",
     "sites": "configuration",
     "experiments": "configuration",
+    "doctor": "doctor",
 }
 """Verb -> module of this package that has a command of that name; in the order of ``--help``."""
 
@@ -49,6 +55,15 @@ class _Verbs(click.Group):
         module = importlib.import_module(f"hpcsngd.cli.{VERBS[cmd_name]}")
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Returns the verb that the arguments begin with; an unknown one is answered with the closest."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            hint = did_you_mean(args[0], VERBS)
+            ctx.fail(f"No such command {args[0]!r}{hint or '.'}")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,21 @@ from hpcsngd.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED
 
 if TYPE_CHECKING:
     from hpcsngd.config.matrix import Matrix
+    from hpcsngd.launch.plan import Directive
     from hpcsngd.launch.sweep import SubmittedSweep
     from hpcsngd.launch.sweep_status import SweepState
     from hpcsngd.sweepdir import SweepDir
 
 
-def submit_sweep(found: Matrix, *, dry_run: bool, wait_for_it: bool, as_json: bool) -> None:
+def submit_sweep(
+    found: Matrix,
+    *,
+    directives: Mapping[str, Directive],
+    probe: bool,
+    dry_run: bool,
+    wait_for_it: bool,
+    as_json: bool,
+) -> None:
     """Submits the cells of a matrix, or shows what that would do.
 
     Raises:
@@ -27,11 +37,11 @@ def submit_sweep(found: Matrix, *, dry_run: bool, wait_for_it: bool, as_json: bo
     if dry_run:
         from hpcsngd.launch.sweep_scripts import dry_run as render
 
-        click.echo(render(found))
+        click.echo(render(found, directives=directives))
         return
     from hpcsngd.launch.sweep import submit
 
-    submitted = submit(found, argv=sys.argv[1:])
+    submitted = submit(found, argv=sys.argv[1:], directives=directives, probe=probe)
     if not as_json:
         _print_submission(submitted, found.cells[0].resolved.site_name)
     poll_s = found.cells[0].resolved.site.scheduler.poll_s

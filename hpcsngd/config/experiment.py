@@ -286,6 +286,8 @@ class Diagnostics(Strict):
     """Seconds by phase, bytes sent, memory by kind."""
     rank_analysis: bool = False
     """Effective matrix rank of the kernels at each refresh."""
+    rank_shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.9], min_length=1)
+    """Shares of the sum of singular values whose rank `rank_analysis` tells."""
     grad_norm: bool = False
     """Gradient norm of each covered layer, every step."""
     grad_error: bool = False
@@ -304,7 +306,20 @@ class Resources(Strict):
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Workers on each node; default: one per GPU, or the site's."""
     walltime: Walltime | None = None
-    """Wall time of one attempt."""
+    """Wall time of one attempt; beyond the site's limit a chain of jobs (restart.on: [timeout])."""
+
+
+class Restart(Strict):
+    """When a run that was stopped is put back in the queue by itself; Slurm only, local runs never are."""
+
+    on: list[Literal["timeout", "preempted", "node_failure", "hang"]] = Field(
+        default=["preempted", "node_failure"]
+    )
+    """Which ends start another attempt, from the newest checkpoint; an empty list: none."""
+    max_attempts: int = Field(default=10, ge=1)
+    """How many attempts in a row there may be, the first one included."""
+    hang_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds without progress that count as a hang; default: the site's."""
 
 
 Axis = Annotated[list[Any], Field(min_length=1)]
@@ -351,6 +366,8 @@ class Experiment(Strict):
     """What else is written."""
     resources: Resources = Resources()
     """What the experiment needs."""
+    restart: Restart = Restart()
+    """When the run is put back in the queue by itself."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, order of samples, dropout and sampling."""
     deterministic: bool = True

@@ -23,7 +23,16 @@ MAX_CELLS = 100_000
 """More are a mistake in the matrix; making the combinations alone would take minutes."""
 
 NO_EFFECT = frozenset(
-    {"description", "reference", "checkpoint", "diagnostics", "resources", "eval_batch_size", "matrix"}
+    {
+        "description",
+        "reference",
+        "checkpoint",
+        "diagnostics",
+        "resources",
+        "restart",
+        "eval_batch_size",
+        "matrix",
+    }
 )
 """Keys of an experiment that results do not depend on; the number of ranks counts apart from resources."""
 NO_EFFECT_DATA = frozenset({"root", "download", "workers"})

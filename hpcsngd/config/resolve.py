@@ -115,6 +115,21 @@ def from_record(record: Mapping[str, Any]) -> Resolved:
         raise ConfigError(f"run.yaml does not fit this version of hpcsngd: {error}") from error
 
 
+def amend(resolved: Resolved, overrides: Sequence[Override]) -> Resolved:
+    """Returns a configuration with some values replaced.
+
+    Raises:
+        ConfigError: what does not fit the schema; all errors in one message.
+    """
+    record = resolved.to_record()
+    trees = {"site": record["site"], "experiment": record["experiment"]}
+    origins = dict(resolved.origins)
+    for layer in _names_first(overrides):
+        _apply(trees, origins, layer)
+    parts = _validate(trees, origins)
+    return Resolved(resolved.site_name, resolved.exp_name, parts["site"], parts["experiment"], origins)
+
+
 def parse_set(text: str) -> Override:
     """Returns the override in ``a.b=value``; the value is read as YAML.
 

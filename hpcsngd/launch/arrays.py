@@ -14,6 +14,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from submitit.core.utils import FailedSubmissionError
+
 from hpcsngd.errors import SchedulerError
 from hpcsngd.launch.executors import SlurmSiteExecutor
 from hpcsngd.launch.plan import Plan
@@ -57,11 +59,13 @@ class ArrayExecutor(SlurmSiteExecutor):
         """Submits the array and returns its job id.
 
         Raises:
-            SchedulerError: the scheduler refuses or does not answer.
-            FailedSubmissionError: it answers in words that name no job.
+            SchedulerError: the scheduler refuses, or does not answer as submitit knows it.
         """
         self._sweep.submit_dir.mkdir(parents=True, exist_ok=True)
-        return str(self._submit_command(self._submitit_command_str).job_id)
+        try:
+            return str(self._submit_command(self._submitit_command_str).job_id)
+        except FailedSubmissionError as error:
+            raise SchedulerError(str(error)) from error
 
 
 def key(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from submitit import JobEnvironment
 from hpcsngd import rundir, sweepdir
 from hpcsngd.launch.agent import NodeAgent
 from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.submit import job_facts
+from hpcsngd.launch.sending import job_facts
 from hpcsngd.sweepdir import SweepDir
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _record_job(cell: rundir.RunDir, attempt: int) -> None:
     file = cell.attempt(attempt).submitted_yaml
     job = JobEnvironment()
     if job.global_rank == 0 and not file.exists():
-        rundir.write_yaml(file, job_facts(Plan.from_record(cell.record()["plan"]), job.job_id))
+        rundir.write_yaml(file, job_facts(Plan.from_record(cell.plan_record(attempt)), job.job_id))
 
 
 def main() -> None:

@@ -16,21 +16,17 @@ import time
 from collections import deque
 from pathlib import Path
 
-from submitit.core.utils import FailedSubmissionError
-
 from hpcsngd import sweepdir
 from hpcsngd.errors import HpcsngdError
 from hpcsngd.launch import environment, processes
 from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.submit import send
+from hpcsngd.launch.sending import send
 from hpcsngd.rundir import RunDir, Status
 from hpcsngd.sweepdir import Member, SweepDir
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-CANCEL_REQUEST = "cancel-request"
-"""File in an attempt's folder: somebody has asked that this cell be not started."""
 
 
 def start(sweep: SweepDir, array: int, parallel: int) -> subprocess.Popen[bytes]:
@@ -81,12 +77,12 @@ def _is_alive(pid: int, ticks: int | None) -> bool:
 def _start_cell(cell: RunDir, member: Member) -> int | None:
     """Starts a cell and returns its process id; None if it was cancelled or cannot start."""
     attempt = cell.attempt(member.attempt)
-    if (attempt.path / CANCEL_REQUEST).exists():
+    if attempt.cancel_request.exists():
         cell.write_status(Status("cancelled", "cancelled before it started", member.attempt))
         return None
     try:
-        pid = int(send(cell, Plan.from_record(cell.record()["plan"]), member.attempt))
-    except (HpcsngdError, FailedSubmissionError, OSError) as error:
+        pid = int(send(cell, Plan.from_record(cell.plan_record(member.attempt)), member.attempt))
+    except (HpcsngdError, OSError) as error:
         cell.write_status(Status("failed", f"not started: {error}", member.attempt))
         log.exception("cell %s cannot start", member.run)
         return None

@@ -17,16 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import FailedSubmissionError
-
 from hpcsngd import rundir
 from hpcsngd.config import matrix
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import arrays, cells, plan, provenance, status
+from hpcsngd.launch import arrays, cells, plan, preflight, provenance, secrets, status
 from hpcsngd.launch.arrays import ArrayExecutor
-from hpcsngd.launch.plan import Host, Plan
-from hpcsngd.launch.submit import job_facts, need_scheduler, say_what_is_dropped
+from hpcsngd.launch.plan import Directive, Host, Plan
+from hpcsngd.launch.sending import job_facts, say_what_is_dropped
+from hpcsngd.launch.submit import need_scheduler
 from hpcsngd.rundir import RunDir
 from hpcsngd.sweepdir import Member, SweepDir, run_name
 
@@ -74,7 +73,13 @@ class SubmittedSweep:
 
 
 def submit(
-    found: Matrix, *, argv: Sequence[str], run_root: Path | None = None, worker: str = plan.WORKER
+    found: Matrix,
+    *,
+    argv: Sequence[str],
+    run_root: Path | None = None,
+    worker: str = plan.WORKER,
+    directives: Mapping[str, Directive] | None = None,
+    probe: bool = False,
 ) -> SubmittedSweep:
     """Submits the cells of a matrix that have neither finished nor are on their way.
 
@@ -83,27 +88,31 @@ def submit(
         argv: the command line, for the record.
         run_root: folder in which the sweep directory is made; default: the site's.
         worker: the module that a worker runs; only tests change it.
+        directives: more directives for this submission, such as ``hold``; see `hpcsngd.launch.order`.
+        probe: whether to try the workers' Python on a node first.
 
     Raises:
+        ConfigError: a cell's configuration holds what looks like a secret.
         PreflightError: a cell cannot work on this site, or the run root cannot be written.
         SchedulerError: the scheduler is missing, refuses or does not answer; what was written stays, and the
             same submission takes up there.
     """
     plans = make_plans(found, worker=worker)
-    need_scheduler(plans[0])
     sweep = directory(found, run_root)
+    _check(found, plans, sweep.path.parent, worker=worker, probe=probe)
+    need_scheduler(plans[0])
     placed = place(found, plans, sweep)
     due = [each for each in placed if each.is_due]
     skipped = Counter(each.state for each in placed if not each.is_due)
     if not due:
         return SubmittedSweep(sweep, (), 0, dict(skipped))
-    origin = provenance.collect(argv)
+    origin = provenance.collect(argv, image=plans[0].image)
     _write_record(sweep, found, placed, origin)
     _write_runs(due, origin)
     say_what_is_dropped()
     try:
-        job_ids = _send(sweep, due, found.cells[0].resolved.site.scheduler.parallel_cells)
-    except (SchedulerError, FailedSubmissionError) as error:
+        job_ids = _send(sweep, due, found.cells[0].resolved.site.scheduler.parallel_cells, directives or {})
+    except SchedulerError as error:
         raise SchedulerError(
             f"{error} (the cells are in {sweep.path}; the same command submits them again)"
         ) from error
@@ -121,6 +130,7 @@ def make_plans(found: Matrix, *, host: Host | None = None, worker: str = plan.WO
     """Returns the plan of each cell.
 
     Raises:
+        ConfigError: a cell's configuration holds what looks like a secret.
         PreflightError: what the site would refuse, once per reason, with the cells it is about.
     """
     here = host or Host.here()
@@ -131,6 +141,7 @@ def make_plans(found: Matrix, *, host: Host | None = None, worker: str = plan.WO
     plans: list[Plan] = []
     problems: dict[str, list[str]] = {}
     for cell in found.cells:
+        secrets.refuse(cell.resolved)
         try:
             plans.append(plan.make(cell.resolved, host=cached, worker=worker))
         except PreflightError as error:
@@ -139,6 +150,23 @@ def make_plans(found: Matrix, *, host: Host | None = None, worker: str = plan.WO
     if problems:
         raise PreflightError(matrix.listed(problems))
     return plans
+
+
+def _check(found: Matrix, plans: Sequence[Plan], run_root: Path, *, worker: str, probe: bool) -> None:
+    """Asks this machine and its scheduler about one cell of each kind.
+
+    Raises:
+        PreflightError: every reason why a cell would fail, once.
+    """
+    kinds = {arrays.key(made): cell.resolved for cell, made in zip(found.cells, plans, strict=True)}
+    problems: dict[str, None] = {}
+    for resolved in kinds.values():
+        try:
+            preflight.check(resolved, run_root=run_root, worker=worker, probe=probe)
+        except PreflightError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+    if problems:
+        raise PreflightError("\n".join(problems))
 
 
 def place(found: Matrix, plans: Sequence[Plan], sweep: SweepDir) -> list[Placed]:
@@ -237,7 +265,9 @@ class _Texts:
         return self._known[key]
 
 
-def _send(sweep: SweepDir, due: Sequence[Placed], parallel: int | None) -> list[str]:
+def _send(
+    sweep: SweepDir, due: Sequence[Placed], parallel: int | None, directives: Mapping[str, Directive]
+) -> list[str]:
     """Submits the cells that are due; returns the job ids."""
     if due[0].plan.scheduler == "local":
         number = sweep.next_array()
@@ -251,7 +281,7 @@ def _send(sweep: SweepDir, due: Sequence[Placed], parallel: int | None) -> list[
         for part in _parts(group):
             # several arrays know nothing of each other's limit, so one follows the other
             after = job_ids[-1] if parallel and job_ids else ""
-            job_ids.append(_send_array(sweep, part, parallel, after))
+            job_ids.append(_send_array(sweep, part, parallel, after, directives))
     return job_ids
 
 
@@ -273,11 +303,18 @@ def _parts(group: Sequence[Placed]) -> list[Sequence[Placed]]:
     return [group[part.start : part.stop] for part in arrays.parts(len(group), limit)]
 
 
-def _send_array(sweep: SweepDir, group: Sequence[Placed], parallel: int | None, after: str) -> str:
+def _send_array(
+    sweep: SweepDir,
+    group: Sequence[Placed],
+    parallel: int | None,
+    after: str,
+    directives: Mapping[str, Directive],
+) -> str:
     number = sweep.next_array()
     sweep.write_array(number, [each.member for each in group])
     made = group[0].plan
-    job_id = ArrayExecutor(sweep, number, made, len(group), parallel=parallel, after=after).send()
+    asked = dataclasses.replace(made, directives=made.directives | dict(directives))
+    job_id = ArrayExecutor(sweep, number, asked, len(group), parallel=parallel, after=after).send()
     facts = job_facts(made, job_id)
     for index, each in enumerate(group):
         _record_job(each, facts | {"job_id": f"{job_id}_{index}"})

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.launch import arrays, cells, scripts, sweep
 from hpcsngd.launch.arrays import ArrayExecutor
-from hpcsngd.launch.plan import Host
+from hpcsngd.launch.plan import Directive, Host
 from hpcsngd.launch.sweep import Placed
 from hpcsngd.sweepdir import SweepDir
 
 
-def dry_run(found: Matrix, *, host: Host | None = None, run_root: Path | None = None) -> str:
+def dry_run(
+    found: Matrix,
+    *,
+    host: Host | None = None,
+    run_root: Path | None = None,
+    directives: Mapping[str, Directive] | None = None,
+) -> str:
     """Returns the cells, the script of the first array and the first cell's command; writes nothing.
 
     Args:
         found: the checked cells.
         host: the machine that submits; default: this one.
         run_root: folder of the sweep directory; default: the site's.
+        directives: more directives for this submission.
 
     Raises:
-        PreflightError: as a submission would.
+        ConfigError: a cell's configuration holds what looks like a secret.
+        PreflightError: what the site's rules refuse; a submission also asks the scheduler.
     """
     place = sweep.directory(found, run_root)
     placed = sweep.place(found, sweep.make_plans(found, host=host), place)
@@ -36,7 +45,8 @@ def dry_run(found: Matrix, *, host: Host | None = None, run_root: Path | None = 
         sent = shlex.join(cells.command(place, place.next_array(), parallel or 1))
     else:
         group = [each for each in due if arrays.key(each.plan) == arrays.key(first.plan)]
-        sent = ArrayExecutor(place, place.next_array(), first.plan, len(group), parallel=parallel).script
+        asked = dataclasses.replace(first.plan, directives=first.plan.directives | dict(directives or {}))
+        sent = ArrayExecutor(place, place.next_array(), asked, len(group), parallel=parallel).script
     blocks = scripts.details(first.cell.resolved, first.plan, first.run.path, sent)
     return "\n\n".join([*head, f"# the first cell, {first.run.name}:", *blocks]) + "\n"
 

@@ -71,7 +71,7 @@ class Preconditioner(ABC):
         max_entries: int = 2048,
         max_samples: int = 64,
     ) -> tuple[LayerCheck, ...]:
-        """Compares this method with the dense oracle on layers of the user's own model.
+        """Compares this method with the dense oracle on layers of the user's own model, and prints it.
 
         On a copy of the model, in float64 and evaluation mode, the oracle computes each sample's gradient by
         itself, forms the curvature matrix and solves; the method runs on the same copy, with its settings and

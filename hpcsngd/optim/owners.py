@@ -49,7 +49,7 @@ class Owners:
         tensors = [mine[name][None] if self.is_here(name) else grads[name][None][:0] for name in names]
         ranks = range(self._communicator.world_size)
         counts = [[int(self.ranks[name] == rank) for name in names] for rank in ranks]
-        joined = self._communicator.join_rows("precondition", tensors, counts)
+        joined = self._communicator.join_rows("broadcast", tensors, counts)
         return {name: matrix[0] for name, matrix in zip(names, joined, strict=True)}
 
     def all_states(self, mine: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

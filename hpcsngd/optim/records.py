@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """Seconds this rank spent in one phase (capture, gather, factorise, precondition, observe)."""
+    """Seconds this rank spent in one phase; phases are disjoint.
+
+    At refreshes: ``capture`` (hooks, within forward and backward), ``gather`` (exchange of rows),
+    ``factorise`` (kernels, and which samples are kept), ``invert`` (Cholesky factors of kernels). At every
+    step: ``project`` (gradients into sample space), ``precondition`` (solve, back to gradients, size),
+    ``broadcast`` (from owners to all ranks), ``observe`` (measurements). The optimizer's own ``update`` is
+    timed by who calls it.
+    """
 
     step: int
     phase: str
@@ -31,7 +38,11 @@ class Communication:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the preconditioner holds on this rank after the step, by kind (rows, factors)."""
+    """Bytes that the preconditioner holds on this rank after the step, by kind.
+
+    ``rows`` and ``factors`` of all curvatures solved here; ``comparison``: curvatures that only
+    ``grad_error`` needs; ``captured``: this rank's rows at the refresh, 0 in other steps (gone after it).
+    """
 
     step: int
     kind: str
@@ -171,7 +182,7 @@ class StepRecord:
         jittered: layers whose factor in use needed jitter.
         phases: filled with ``profile=True``.
         communication: of this step; empty on one rank.
-        memory: after this step.
+        memory: filled with ``profile=True``.
         rank_analysis: filled when observed, on rank 0, at refreshes.
         grad_norm: filled when observed, on every rank.
         grad_error: filled when observed, on every rank; after a resume from the next refresh on.

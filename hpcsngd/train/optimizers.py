@@ -123,6 +123,7 @@ def build_preconditioner(
         seed=seeds.derive(seed, "preconditioner"),
         profile=config.diagnostics.profiling,
         observe=wanted,
+        rank_shares=config.diagnostics.rank_shares,
     )
 
 

@@ -17,7 +17,6 @@ from hpcsngd import rundir, sweepdir
 from hpcsngd.config import matrix
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.launch import processes, sweep, sweep_status
-from hpcsngd.launch.cells import CANCEL_REQUEST
 from hpcsngd.rundir import RunDir
 from hpcsngd.sweepdir import SweepDir
 
@@ -76,7 +75,7 @@ def test_cells_run_side_by_side_where_that_is_asked_for(tmp_path: Path) -> None:
     wait_until(lambda: sweep_status.look(place).counts == {"running": 2, "pending": 1}, "two cells at once")
     waiting = place.runs()[2]
     assert rundir.read_yaml(waiting.attempt(1).submitted_yaml)["queued"] is True
-    (waiting.attempt(1).path / CANCEL_REQUEST).touch()
+    waiting.attempt(1).cancel_request.touch()
     for run in place.runs()[:2]:
         end(run)
     ended = sweep_status.wait(place, poll_s=0.2)

@@ -14,7 +14,7 @@ from hpcsngd import rundir, sweepdir
 from hpcsngd.config import matrix, resolve
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.errors import PreflightError, RunDirError, SchedulerError
-from hpcsngd.launch import arrays, cell, plan, slurm, sweep, sweep_scripts, sweep_status
+from hpcsngd.launch import arrays, cancel, cell, plan, slurm, sweep, sweep_scripts, sweep_status
 from hpcsngd.launch.plan import Host
 from hpcsngd.rundir import Fault, Status
 from hpcsngd.sweepdir import SweepDir
@@ -226,7 +226,7 @@ class TestRefusals:
 
     def test_a_run_root_that_cannot_be_written(self, tmp_path: Path, path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(PreflightError, match="choose another folder with --run-root"):
+        with pytest.raises(PreflightError, match="choose another with --run-root"):
             sweep.submit(cells(tmp_path), argv=[], run_root=tmp_path / "file" / "runs")
 
 
@@ -259,6 +259,28 @@ class TestElement:
             place.array(1)
         with pytest.raises(RunDirError, match=r"cannot read .*7\.yaml"):
             place.array(7)
+
+
+def test_a_sweep_is_cancelled_by_one_command(tmp_path: Path, path: Path) -> None:
+    place = sweep.submit(cells(tmp_path), argv=[]).sweep
+    place.runs()[0].write_status(Status("completed", "", 1))
+    answer(path, {f"4711_{index}": "PENDING" for index in range(6)})
+    program(path, "scancel", 'echo "$@" >> "$0.calls"')
+    done = cancel.cancel(sweepdir.runs_at(place.path))
+    assert [each.was_sent for each in done] == [False] + [True] * 5
+    assert (path / "scancel.calls").read_text().split() == [f"4711_{index}" for index in range(1, 6)]
+    assert sweep_status.look(place).counts == {"completed": 1, "cancelled": 5}
+
+
+def test_what_else_a_submission_asks_for_is_in_the_script(tmp_path: Path, path: Path) -> None:
+    wanted = {"hold": True, "dependency": "afterok:7"}
+    found = cells(tmp_path, ("seed=1", "nodes=1,2"), "site.scheduler.parallel_cells=1")
+    assert "#SBATCH --hold" in sweep_scripts.dry_run(found, directives=wanted)
+    sweep.submit(found, argv=[], directives=wanted)
+    first, second = scripts_sent(path)
+    assert "#SBATCH --hold\n" in first
+    assert "#SBATCH --dependency=afterok:7\n" in first
+    assert "#SBATCH --dependency=afterok:7,afterany:4711\n" in second
 
 
 class TestStatus:

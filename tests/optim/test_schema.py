@@ -14,7 +14,7 @@ from tests.optim import models
 
 #: Given by training itself, or a function that YAML cannot write.
 NOT_WRITTEN = {"self", "model", "loss_reduction", "accumulation_steps", "dtype", "seed", "communicator"}
-NOT_WRITTEN |= {"profile", "observe"}
+NOT_WRITTEN |= {"profile", "observe", "rank_shares"}
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
 def test_diagnostics_write_their_tables(tmp_path: Path) -> None:
     switches = ("profiling", "rank_analysis", "grad_norm", "grad_error")
     settings = {f"diagnostics.{name}": "true" for name in switches} | HYLO
+    settings["diagnostics.rank_shares"] = "[0.5, 0.9]"
     run = make_run(tmp_path, epochs=1, **settings, **{"preconditioner.method": "kis"})
     assert train(run)
     phases = {row["phase"] for row in rows(run, "profiling", rank=0)}
@@ -191,6 +192,7 @@ def test_diagnostics_write_their_tables(tmp_path: Path) -> None:
     refreshes = {row["step"] for row in rows(run, "profiling", rank=0) if row["refresh"]}
     assert refreshes == {1, 4, 7, 10, 13}
     assert {row["step"] for row in rows(run, "rank_analysis")} == refreshes
+    assert {row["share"] for row in rows(run, "rank_analysis")} == {0.5, 0.9}
     assert {row["step"] for row in rows(run, "grad_error")} == refreshes
     assert {row["layer"] for row in rows(run, "grad_norm")} == {"0", "2", "6", "8"}
     assert {row["step"] for row in rows(run, "grad_norm")} == set(range(1, 14))
