@@ -9,10 +9,16 @@ Layout (every name is spelled here and nowhere else)::
       attempts/<n>/submitted.yaml scheduler and job id, written by submit
       attempts/<n>/attempt.yaml   hosts, world size, start; written by the agent of node 0
       attempts/<n>/rendezvous.yaml  master host and port in force
+      attempts/<n>/plan.yaml      the plan, where a resume asked for other resources than run.yaml has
       attempts/<n>/stop-request   exists when workers should checkpoint and leave
+      attempts/<n>/stopped.yaml   the workers did so: step and seconds; written by rank 0
+      attempts/<n>/cancel-request  exists when a person has cancelled: the run must not be restarted
+      attempts/<n>/ended.yaml     how the attempt ended if the run goes on in another; written by an agent
+      attempts/<n>/heartbeats/    one file per rank and agent, see `hpcsngd.lifeline`
       attempts/<n>/finished.yaml  the workers reached the end; written by rank 0
       attempts/<n>/faults/*.yaml  one file per process that failed
       attempts/<n>/logs/          node<k>.out, node<k>.err (and rank<r>.* where ranks are started singly)
+      attempts/<n>/logs/torchrun/ what torchrun keeps of each of its ranks
       submit/                     submitit's own folder
       metrics/                    CSV files, see `hpcsngd.tables`
       checkpoints/step_<n>/       and the file ``latest``
@@ -58,10 +64,15 @@ FAULT_KINDS = (
     "quota",
     "killed",
     "configuration",
+    "hang",
     "unknown",
 )
 
 Value = int | float | str
+
+# libyaml where PyYAML was built with it: two to three times as fast, which counts over a thousand runs
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def utc_now() -> str:
@@ -69,14 +80,32 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
+def utc_of(seconds: float) -> str:
+    """Returns a time in seconds since 1970, such as a file's, as ISO 8601 in UTC."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds")
+
+
+def yaml_text(data: Mapping[str, Any]) -> str:
+    """Returns a mapping as YAML, keys in their order."""
+    text: str = yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a mapping as YAML: temporary file in the same folder, flush to disk, rename."""
+    write_text(path, yaml_text(data))
+
+
+def write_text(path: Path, text: str, *, is_flushed: bool = True) -> None:
+    """Writes a whole file: temporary file in the same folder, flush to disk (unless told not to), rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(dict(data), file, sort_keys=False, allow_unicode=True, width=110)
+        file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if is_flushed:
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -87,7 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RunDirError: missing, unreadable or not a mapping; the message names the file.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - safe loaders both
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunDirError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
@@ -107,6 +136,7 @@ class Fault:
         rank: the failing rank; None for an agent.
         node: node number in the job, from 0.
         evidence: lines of the log that show it.
+        is_echo: whether it looks like the consequence of another process's end, such as a torn connection.
     """
 
     kind: str
@@ -116,6 +146,7 @@ class Fault:
     rank: int | None = None
     node: int | None = None
     evidence: list[str] = field(default_factory=list)
+    is_echo: bool = False
 
     def line(self) -> str:
         """Returns the fault as one line: kind, message, where, when."""
@@ -275,6 +306,31 @@ class Attempt:
         return self.path / "stop-request"
 
     @property
+    def stopped_yaml(self) -> Path:
+        """Written by rank 0 when the workers have checkpointed on a stop request and leave."""
+        return self.path / "stopped.yaml"
+
+    @property
+    def cancel_request(self) -> Path:
+        """Exists when a person has cancelled the run; written before the scheduler is asked to."""
+        return self.path / "cancel-request"
+
+    @property
+    def plan_yaml(self) -> Path:
+        """Plan and provenance of a resume; the plan holds for later attempts too."""
+        return self.path / "plan.yaml"
+
+    @property
+    def ended_yaml(self) -> Path:
+        """How the attempt ended although the run goes on: state, reason, and what starts the next one."""
+        return self.path / "ended.yaml"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the heartbeats of ranks and agents."""
+        return self.path / "heartbeats"
+
+    @property
     def finished_yaml(self) -> Path:
         """Written by rank 0 when training reached its end."""
         return self.path / "finished.yaml"
@@ -291,6 +347,10 @@ class Attempt:
     def rank_log(self, rank: int, stream: str) -> Path:
         """Returns the log file of a rank that was started singly."""
         return self.logs / f"rank{rank}.{stream}"
+
+    def torchrun_logs(self, node: int | str) -> Path:
+        """Returns the folder in which torchrun keeps the output of each rank of a node."""
+        return self.logs / "torchrun" / f"node{node}"
 
     def write_fault(self, fault: Fault) -> None:
         """Records a fault in a file of its own: ``rank<r>.yaml`` or ``node<k>.yaml``.
@@ -311,11 +371,15 @@ class Attempt:
     def faults(self) -> list[Fault]:
         """Returns all recorded faults, the first cause first.
 
-        A rank's own fault explains more than its agent's, and a known kind more than an unknown one, so
-        those come before; within a class the earliest is first.
+        A cause goes before an echo, a rank's own fault explains more than its agent's, and a known kind more
+        than an unknown one; within a class the earliest is first.
         """
         found = [Fault(**read_yaml(file)) for file in sorted((self.path / "faults").glob("*.yaml"))]
-        return sorted(found, key=lambda fault: (fault.rank is None, fault.kind == "unknown", fault.utc))
+        return sorted(found, key=_first_cause)
+
+
+def _first_cause(fault: Fault) -> tuple[bool, bool, bool, str]:
+    return fault.is_echo, fault.rank is None, fault.kind == "unknown", fault.utc
 
 
 @dataclass(frozen=True)
@@ -364,6 +428,11 @@ class RunDir:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    def newest_checkpoint(self) -> str:
+        """Returns the name of the newest checkpoint's folder by the file ``latest``; empty without one."""
+        file = self.checkpoints_dir / "latest"
+        return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
     @property
     def report_html(self) -> Path:
         """The report of this run alone."""
@@ -386,6 +455,13 @@ class RunDir:
     def record(self) -> dict[str, Any]:
         """Returns the content of ``run.yaml``."""
         return read_yaml(self.run_yaml)
+
+    def plan_record(self, attempt: int) -> dict[str, Any]:
+        """Returns the plan in force for an attempt: of the last resume up to it, else of ``run.yaml``."""
+        for earlier in reversed(self.attempts()):
+            if earlier.number <= attempt and earlier.plan_yaml.exists():
+                return dict(read_yaml(earlier.plan_yaml)["plan"])
+        return dict(self.record()["plan"])
 
     def status(self) -> Status | None:
         """Returns how the run ended, or None while it has not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from hpcsngd import rundir
+from hpcsngd.config import resolve
+from hpcsngd.launch import plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,12 +67,31 @@ def test_help_imports_click_alone() -> None:
         ("experiments", "--json"),
         ("show", "--site", "local", "--exp", "digits-hylo"),
         ("submit", "--site", "local", "--exp", "digits-hylo", "--dry-run"),
+        ("submit", "--site", "slurm", "--exp", "digits-hylo", "--matrix", "seed=1,2", "--dry-run"),
         ("status", "--json"),
     ],
     ids=lambda args: args[0],
 )
 def test_no_login_verb_imports_torch(args: tuple[str, ...]) -> None:
     assert not modules_of(*args) & {"torch", "pandas", "torchvision"}
+
+
+def test_a_matrix_is_checked_cell_by_cell_before_anything_is_written(tmp_path: Path) -> None:
+    words = ("submit", "--site", "slurm", "--exp", "digits-hylo", "--run-root", str(tmp_path / "runs"))
+    done = hpcsngd(*words, "--matrix", "seed=1,2", "--matrix", "optimizer.lr=0.1,-1", "--parallel", "2")
+    assert done.returncode == 2
+    assert "--matrix optimizer.lr: optimizer.lr: input should be greater than 0; found -1" in done.stderr
+    assert "in 2 cells: seed=1, optimizer.lr=-1; seed=2, optimizer.lr=-1" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweeps_status_is_its_own_table(tmp_path: Path) -> None:
+    rundir.write_yaml(tmp_path / "sweep.yaml", {"schema": 1, "cells": []})
+    assert f"{tmp_path.name}: 0 cells: none" in hpcsngd("status", str(tmp_path)).stdout
+    assert json.loads(hpcsngd("status", str(tmp_path), "--json", "--failed").stdout)["cells"] == []
+    both = hpcsngd("status", str(tmp_path), str(tmp_path / "run"))
+    assert both.returncode == 2
+    assert "not both" in both.stderr
 
 
 def test_sites_and_experiments() -> None:
@@ -115,6 +139,27 @@ def test_show_schema_is_json() -> None:
         (("show", "--exp", "digits-hylo", "--set", "epochs=x"), 2, "epochs: input should be a valid integer"),
         (("status", "/nonexistent/run"), 2, "does not exist"),
         (("report", "/nonexistent/run"), 2, "does not exist"),
+        (("logs", "/nonexistent/run"), 2, "does not exist"),
+        (("logs", ".", "--rank", "0", "--node", "0"), 2, "give --rank or --node, not both"),
+        (("cancel", "."), 2, "has no run.yaml: it is not a run directory"),
+        (("resume", "/nonexistent/run"), 2, "does not exist"),
+        (("rerun", "/nonexistent/run"), 2, "does not exist"),
+        (("diff", "/nonexistent/run", "."), 2, "does not exist"),
+        (("submit", "--site", "local", "--exp", "digits-sgd", "--hold"), 3, "need a scheduler with a queue"),
+        (
+            (
+                "submit",
+                "--site",
+                "local",
+                "--exp",
+                "digits-sgd",
+                "--set",
+                "site.env.MY_TOKEN=abcdefgh1",
+                "--dry-run",
+            ),
+            2,
+            "site.env.MY_TOKEN (--set site.env.MY_TOKEN): it looks like a secret",
+        ),
         (("show", "--site", "/nonexistent.yaml"), 2, "no site file at /nonexistent.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -131,6 +176,42 @@ def test_completion_offers_names() -> None:
     assert "mist" in hpcsngd(**env).stdout
     env = {"_HPCSNGD_COMPLETE": "bash_complete", "COMP_WORDS": "hpcsngd show --exp digits", "COMP_CWORD": "3"}
     assert "digits-sgd" in hpcsngd(**env).stdout
+
+
+RUNS = ROOT / "tests" / "data" / "runs"
+
+
+def recorded_run(folder: Path) -> rundir.RunDir:
+    """Returns a run as submit makes one, without a job."""
+    resolved = resolve.resolve("local", "digits-sgd")
+    record = {"config": resolved.to_record(), "plan": plan.make(resolved).to_record()}
+    return rundir.create(folder, "x", record)
+
+
+def test_status_tells_the_verdict_of_a_single_run(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path)
+    fault = rundir.Fault("nan", "loss is nan", "node1", rank=1, evidence=["step 7: nan"])
+    run.write_status(rundir.Status("failed", fault.line(), 1, fault=dataclasses.asdict(fault)))
+    done = hpcsngd("status", run.name, cwd=tmp_path)
+    assert done.returncode == 0
+    first, *others = done.stdout.splitlines()
+    assert first.startswith(f"failed     {run.name}  nan: loss is nan (rank 1 on node1, ")
+    assert others == ["  evidence:", "    step 7: nan", f"  logs: hpcsngd logs {run.name}"]
+
+
+def test_diff_of_two_runs() -> None:
+    words = ("diff", str(RUNS / "complete"), str(RUNS / "failed"))
+    found = json.loads(hpcsngd(*words, "--json").stdout)
+    assert found["outcome"]["state"] == ["completed", "failed"]
+    assert list(found) == ["runs", "config", "code", "environment", "hardware", "outcome"]
+    text = hpcsngd(*words).stdout
+    assert "    < completed\n    > failed\n" in text
+
+
+def test_logs_of_a_run_without_logs(tmp_path: Path) -> None:
+    done = hpcsngd("logs", str(recorded_run(tmp_path).path))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no logs yet in" in done.stderr
 
 
 def test_status_of_an_empty_root(tmp_path: Path) -> None:

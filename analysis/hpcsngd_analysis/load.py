@@ -9,7 +9,7 @@ does not fit raises `RunDirError` with file and line.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class Run:
         last_utc: time of the newest row, ISO 8601; None without rows.
         dropped_rows: per table, rows that a later attempt wrote again.
         unfinished_files: metrics files whose last line has no newline and was left out.
+        cell: of a sweep's run, the keys that the sweep varies and their values here; empty for other runs.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Run:
     last_utc: str | None
     dropped_rows: Mapping[str, int]
     unfinished_files: tuple[str, ...]
+    cell: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -193,6 +195,7 @@ def _load_run(path: Path, name: str, wanted: Sequence[Table]) -> tuple[Run, dict
         last_utc=_last_utc(frames.values()),
         dropped_rows={key: len(frames[key]) - len(frame) for key, frame in kept.items()},
         unfinished_files=unfinished,
+        cell=_section(run, _section(run, record, "sweep"), "axes"),
     ), kept
 
 

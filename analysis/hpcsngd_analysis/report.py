@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 from hpcsngd import __version__
 from hpcsngd.errors import HpcsngdError
 from hpcsngd.rundir import utc_now
-from hpcsngd_analysis import figures, tables, text
+from hpcsngd_analysis import figures, sweeps, tables, text
 from hpcsngd_analysis.load import Run, Runs, load
 
 SCHEMA = 1
@@ -51,7 +51,8 @@ def to_json(paths: Iterable[str | Path]) -> dict[str, Any]:
 
     Returns:
         ``schema``, ``summary`` (``runs``, ``states``, ``best``, ``best_final``, ``revisions``, ``notes``),
-        ``runs`` (one mapping per run), ``figures`` (per curve ``run, split, x, y``), ``config_differences``
+        ``runs`` (one mapping per run), ``sweeps`` (settings ranked, see `sweeps.Sweep`), ``figures``
+        (per curve ``run, split, x, y``), ``config_differences``
         and ``details`` (provenance and evidence of failure per run).
 
     Raises:
@@ -83,6 +84,15 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Path:
             temporary.unlink()
         raise HpcsngdError(f"cannot write {out}: {error.strerror}") from error
     return out
+
+
+def sweep_lines(paths: Iterable[str | Path]) -> list[str]:
+    """Returns what the sweeps among the runs show: for each its best setting, or why there is none.
+
+    Raises:
+        RunDirError: see `hpcsngd_analysis.load.load`.
+    """
+    return [line for sweep in sweeps.sweeps(load(paths, ("eval",))) for line in sweep.lines()]
 
 
 def render(runs: Runs) -> str:
@@ -157,6 +167,7 @@ def _content(runs: Runs, drawn: Sequence[figures.Curves]) -> dict[str, Any]:
             "notes": [{"run": name, "note": note} for name, found in notes.items() for note in found],
         },
         "runs": rows,
+        "sweeps": [sweep.to_json() for sweep in sweeps.sweeps(runs)],
         "figures": [_figure_record(data) for data in drawn],
         "config_differences": {
             str(run): {str(key): value for key, value in row.items()} for run, row in differences.iterrows()

@@ -10,8 +10,10 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from hpcsngd.config.matrix import Matrix
     from hpcsngd.config.resolve import Override, Resolved
 
+RESOURCE_OPTIONS = ("nodes", "gpus_per_node", "ranks_per_node", "walltime")
 DIAGNOSTICS = ("profiling", "rank_analysis", "grad_norm", "grad_error")
 
 
@@ -38,32 +40,72 @@ RUNS = click.Path(path_type=Path)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def configuration(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that choose a configuration; the verb receives them as keyword arguments."""
-    for option in reversed(
-        (
-            click.option("--site", required=True, type=SITE, help="Where to run: a name or a YAML file."),
-            click.option("--exp", required=True, type=EXPERIMENT, help="What to run: a name or a YAML file."),
-            click.option(
-                "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable."
-            ),
-            click.option("--nodes", type=int, help="Nodes."),
-            click.option("--gpus-per-node", type=int, help="GPUs to use on each node."),
-            click.option("--ranks-per-node", type=int, help="Workers on each node; default: one per GPU."),
-            click.option("--walltime", help="Wall time, such as 02:00:00, 90m or 2h."),
-            click.option("--run-root", help="Folder for run directories; default: the site's."),
-            click.option("--profiling", is_flag=True, help="Write seconds by phase, bytes, memory."),
-            click.option("--rank-analysis", is_flag=True, help="Write the matrix rank of the kernels."),
-            click.option("--grad-norm", is_flag=True, help="Write the gradient norm of each layer."),
-            click.option("--grad-error", is_flag=True, help="Write the error against the exact method."),
-        )
-    ):
-        command = option(command)
-    return command
+def with_options(*options: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that adds options, in the order of ``--help``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def resolve_choice(*, site: str, exp: str, sets: Sequence[str], **options: Any) -> Resolved:
-    """Returns the checked configuration that the options of `configuration` ask for.
+resources = with_options(
+    click.option("--nodes", type=int, help="Nodes."),
+    click.option("--gpus-per-node", type=int, help="GPUs to use on each node."),
+    click.option("--ranks-per-node", type=int, help="Workers on each node; default: one per GPU."),
+    click.option("--walltime", help="Wall time, such as 02:00:00, 90m or 2h."),
+)
+"""The options for resources; the verb receives them as keyword arguments."""
+
+ordering = with_options(
+    click.option("--after", multiple=True, type=RUNS, help="Start when this run has completed; repeatable."),
+    click.option("--hold", is_flag=True, help="Submit, but do not start before 'scontrol release'."),
+    click.option("--probe", is_flag=True, help="First import torch on a node, as the workers will."),
+)
+"""The options that say when a job may start."""
+
+configuration = with_options(
+    click.option("--site", required=True, type=SITE, help="Where to run: a name or a YAML file."),
+    click.option("--exp", required=True, type=EXPERIMENT, help="What to run: a name or a YAML file."),
+    click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable."),
+    click.option(
+        "--matrix",
+        "axes",
+        multiple=True,
+        metavar="KEY=V1,V2,...",
+        help="One run for each value; several make all combinations: a sweep.",
+    ),
+    click.option("--parallel", type=int, help="Cells of a sweep that run at once."),
+    resources,
+    click.option("--run-root", help="Folder for run directories; default: the site's."),
+    click.option("--profiling", is_flag=True, help="Write seconds by phase, bytes, memory."),
+    click.option("--rank-analysis", is_flag=True, help="Write the matrix rank of the kernels."),
+    click.option("--grad-norm", is_flag=True, help="Write the gradient norm of each layer."),
+    click.option("--grad-error", is_flag=True, help="Write the error against the exact method."),
+)
+"""The options that choose a configuration; the verb receives them as keyword arguments."""
+
+
+def resolve_matrix(
+    *, site: str, exp: str, sets: Sequence[str], axes: Sequence[str], **options: Any
+) -> Matrix | None:
+    """Returns the checked cells that the options of `configuration` ask for; None without a matrix.
+
+    Raises:
+        ConfigError: everything that is wrong with it, at once.
+    """
+    from hpcsngd.config import matrix
+
+    given = [matrix.parse(text) for text in axes]
+    return matrix.resolve(site, exp, [*overrides(sets), *_flag_overrides(options)], given)
+
+
+def resolve_choice(
+    *, site: str, exp: str, sets: Sequence[str], axes: Sequence[str] = (), **options: Any
+) -> Resolved:
+    """Returns the checked configuration that the options of `configuration` ask for, without a matrix.
 
     Raises:
         ConfigError: everything that is wrong with it, at once.
@@ -80,18 +122,25 @@ def overrides(sets: Sequence[str]) -> list[Override]:
     return [parse_set(text) for text in sets]
 
 
+def resource_overrides(options: dict[str, Any]) -> list[Override]:
+    """Returns the options of `resources` that were given."""
+    keys = {name: f"experiment.resources.{name}" for name in RESOURCE_OPTIONS}
+    return _given(keys, options)
+
+
 def _flag_overrides(options: dict[str, Any]) -> list[Override]:
     """Returns the options of `configuration` that stand for one key each."""
-    from hpcsngd.config.resolve import Override
-
     keys = {
-        "nodes": "experiment.resources.nodes",
-        "gpus_per_node": "experiment.resources.gpus_per_node",
-        "ranks_per_node": "experiment.resources.ranks_per_node",
-        "walltime": "experiment.resources.walltime",
         "run_root": "site.run_root",
+        "parallel": "site.scheduler.parallel_cells",
         **{name: f"experiment.diagnostics.{name}" for name in DIAGNOSTICS},
     }
+    return [*resource_overrides(options), *_given(keys, options)]
+
+
+def _given(keys: dict[str, str], options: dict[str, Any]) -> list[Override]:
+    from hpcsngd.config.resolve import Override
+
     return [
         Override(path, options[name], "--" + name.replace("_", "-"))
         for name, path in keys.items()

@@ -17,7 +17,7 @@ from hpcsngd.cli.output import print_json
 )
 @click.option("--json", "as_json", is_flag=True, help="Print every number on the page instead of writing it.")
 def report(*, runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Write one offline HTML page about runs (run directories, or folders of them)."""
+    """Write one offline HTML page about runs (run directories, sweeps, or folders of runs)."""
     from hpcsngd.errors import ConfigError
 
     try:
@@ -29,4 +29,7 @@ def report(*, runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     if as_json:
         print_json(page.to_json(list(runs)))
         return
-    click.echo(f"report: {page.write_report(list(runs), out)}")
+    path = page.write_report(list(runs), out)
+    for line in page.sweep_lines(list(runs)):
+        click.echo(line)
+    click.echo(f"report: {path}")

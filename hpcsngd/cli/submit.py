@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpcsngd.cli.arguments import configuration, resolve_choice
+from hpcsngd.cli.arguments import configuration, ordering, resolve_choice, resolve_matrix
 from hpcsngd.cli.output import print_json, shown
 from hpcsngd.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED
 
@@ -19,24 +19,48 @@ if TYPE_CHECKING:
 
 @click.command()
 @configuration
+@ordering
 @click.option("--dry-run", is_flag=True, help="Print the exact script and per-node command; write nothing.")
 @click.option("--wait", "wait_for_it", is_flag=True, help="Stay until the run ends, then write its report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run, job and result as JSON.")
-def submit(*, dry_run: bool, wait_for_it: bool, as_json: bool, **choice: Any) -> None:
+def submit(
+    *,
+    dry_run: bool,
+    wait_for_it: bool,
+    as_json: bool,
+    after: tuple[Path, ...],
+    hold: bool,
+    probe: bool,
+    **choice: Any,
+) -> None:
     """Submit an experiment to a site.
 
     The run directory is printed; it holds everything about the run. Without --wait the command returns as
-    soon as the scheduler has the job.
+    soon as the scheduler has the job. An experiment with a matrix, or --matrix, makes a sweep: one run
+    directory for each combination and one job array; given again, it submits those that have not completed.
     """
+    from hpcsngd import rundir
+    from hpcsngd.launch import order
+
+    runs = [rundir.open_run(path) for path in after]
+    if matrix := resolve_matrix(**choice):
+        from hpcsngd.cli.sweep import submit_sweep
+
+        waiting = order.directives(matrix.cells[0].resolved.site.scheduler.kind, after=runs, hold=hold)
+        submit_sweep(
+            matrix, directives=waiting, probe=probe, dry_run=dry_run, wait_for_it=wait_for_it, as_json=as_json
+        )
+        return
     resolved = resolve_choice(**choice)
+    waiting = order.directives(resolved.site.scheduler.kind, after=runs, hold=hold)
     if dry_run:
         from hpcsngd.launch.scripts import dry_run as render
 
-        click.echo(render(resolved))
+        click.echo(render(resolved, directives=waiting))
         return
     from hpcsngd.launch.submit import submit as send
 
-    submitted = send(resolved, argv=sys.argv[1:])
+    submitted = send(resolved, argv=sys.argv[1:], directives=waiting, probe=probe)
     run = submitted.run
     if not as_json:
         click.echo(f"submitted {run.name}: job {submitted.job_id} on site {resolved.site_name}")
@@ -94,7 +118,8 @@ def _submission_record(
 def _print_outcome(run: RunDir, status: Status, report_path: Path | None) -> None:
     if status.state == "completed":
         result = status.result or {}
-        click.echo(f"test accuracy: {result['test_accuracy']:.4f} after {result['epochs']:g} epochs")
+        split = next(name for name in ("test", "validation") if f"{name}_accuracy" in result)
+        click.echo(f"{split} accuracy: {result[f'{split}_accuracy']:.4f} after {result['epochs']:g} epochs")
         click.echo(f"time: {result['train_s']:.1f} s of training, {result['wall_s']:.1f} s in all")
     else:
         click.echo(f"{status.state}: {status.reason}", err=True)

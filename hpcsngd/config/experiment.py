@@ -35,6 +35,27 @@ class Model(Strict):
         return name
 
 
+class Folds(Strict):
+    """Cross-validation: the training set in `count` parts, one of which is evaluated and not trained on."""
+
+    count: int = Field(ge=2)
+    """Number of folds."""
+    index: int = Field(ge=0)
+    """The fold that is held out, from 0."""
+    shuffled: bool = True
+    """Draw the folds at random; false: in the order of the data set."""
+    stratified: bool = True
+    """Give every fold the same share of each class, to within one sample."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the shuffle; apart from the experiment's seed, so that all runs have the same folds."""
+
+    @model_validator(mode="after")
+    def _index_fits(self) -> Folds:
+        if self.index >= self.count:
+            raise ValueError(f"index {self.index}: folds are counted from 0 to {self.count - 1}")
+        return self
+
+
 class Data(Strict):
     """The data set."""
 
@@ -50,6 +71,8 @@ class Data(Strict):
     """Use only the first so many training samples of a fixed shuffle."""
     test_limit: int | None = Field(default=None, ge=1)
     """Use only the first so many test samples of a fixed shuffle."""
+    folds: Folds | None = None
+    """Cross-validation: evaluate on a held-out part of the training set; the test set stays unseen."""
 
     @field_validator("name")
     @classmethod
@@ -426,7 +449,23 @@ class Resources(Strict):
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Workers on each node; default: one per GPU, or the site's."""
     walltime: Walltime | None = None
-    """Wall time of one attempt."""
+    """Wall time of one attempt; beyond the site's limit a chain of jobs (restart.on: [timeout])."""
+
+
+class Restart(Strict):
+    """When a run that was stopped is put back in the queue by itself; Slurm only, local runs never are."""
+
+    on: list[Literal["timeout", "preempted", "node_failure", "hang"]] = Field(
+        default=["preempted", "node_failure"]
+    )
+    """Which ends start another attempt, from the newest checkpoint; an empty list: none."""
+    max_attempts: int = Field(default=10, ge=1)
+    """How many attempts in a row there may be, the first one included."""
+    hang_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds without progress that count as a hang; default: the site's."""
+
+
+Axis = Annotated[list[Any], Field(min_length=1)]
 
 
 class Experiment(Strict):
@@ -470,7 +509,12 @@ class Experiment(Strict):
     """What else is written."""
     resources: Resources = Resources()
     """What the experiment needs."""
+    restart: Restart = Restart()
+    """When the run is put back in the queue by itself."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, order of samples, dropout and sampling."""
     deterministic: bool = True
     """Refuse operations that do not give the same bits twice, where torch can tell."""
+    matrix: dict[str, Axis] = Field(default_factory=dict)
+    """Key path -> list of values: one run for each combination. `include`: a list of mappings, one more
+    axis whose keys change together."""

@@ -115,6 +115,21 @@ def from_record(record: Mapping[str, Any]) -> Resolved:
         raise ConfigError(f"run.yaml does not fit this version of hpcsngd: {error}") from error
 
 
+def amend(resolved: Resolved, overrides: Sequence[Override]) -> Resolved:
+    """Returns a configuration with some values replaced.
+
+    Raises:
+        ConfigError: what does not fit the schema; all errors in one message.
+    """
+    record = resolved.to_record()
+    trees = {"site": record["site"], "experiment": record["experiment"]}
+    origins = dict(resolved.origins)
+    for layer in _names_first(overrides):
+        _apply(trees, origins, layer)
+    parts = _validate(trees, origins)
+    return Resolved(resolved.site_name, resolved.exp_name, parts["site"], parts["experiment"], origins)
+
+
 def parse_set(text: str) -> Override:
     """Returns the override in ``a.b=value``; the value is read as YAML.
 
@@ -179,7 +194,7 @@ def resolve(
     *,
     environment: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Returns the checked configuration of a site and an experiment.
+    """Returns the checked configuration of a site and an experiment, one run's: without its matrix.
 
     Args:
         site: name or path of a site file.
@@ -190,17 +205,73 @@ def resolve(
     Raises:
         ConfigError: anything unknown, misspelt or of the wrong type; all errors in one message.
     """
+    return read_layers(site, experiment, overrides, environment=environment).resolved()
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A site and an experiment as their files have them, with the overrides to apply; nothing is checked yet.
+
+    Attributes:
+        site_name: name or file stem of the site.
+        exp_name: name or file stem of the experiment.
+        trees: ``site`` and ``experiment``, each nested plain data.
+        origins: key path -> ``file:line``.
+        overrides: from the environment and the command line, in order.
+        environment: the submitter's.
+    """
+
+    site_name: str
+    exp_name: str
+    trees: Tree
+    origins: Mapping[str, str]
+    overrides: tuple[Override, ...]
+    environment: Mapping[str, str]
+
+    def resolved(self, more: Sequence[Override] = ()) -> Resolved:
+        """Returns the checked configuration with further overrides, which win over everything.
+
+        Raises:
+            ConfigError: anything unknown, misspelt or of the wrong type; all errors in one message.
+        """
+        trees, origins = self.applied(more)
+        trees = {name: _expand(tree, name, origins, self.environment) for name, tree in trees.items()}
+        parts = _validate(trees, origins)
+        dumped = {name: part.model_dump() for name, part in parts.items()}
+        leaves = {path: origins.get(path, "default") for path, _ in walk(dumped)}
+        return Resolved(self.site_name, self.exp_name, parts["site"], parts["experiment"], leaves)
+
+    def applied(self, more: Sequence[Override] = ()) -> tuple[Tree, dict[str, str]]:
+        """Returns trees and origins after all overrides, unchecked and without the matrix: of one cell."""
+        trees, origins = copy.deepcopy(self.trees), dict(self.origins)
+        trees["experiment"].pop("matrix", None)
+        for item in _names_first([*self.overrides, *more]):
+            _apply(trees, origins, item)
+        return trees, origins
+
+
+def read_layers(
+    site: str,
+    experiment: str,
+    overrides: Sequence[Override] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> Layers:
+    """Returns what `resolve` checks, read from the files once: a matrix checks it many times.
+
+    Raises:
+        ConfigError: an unknown name, or a file that is not strict YAML.
+    """
     environment = os.environ if environment is None else environment
-    trees, origins = _layered(site, experiment, overrides, environment)
-    trees = {name: _expand(tree, name, origins, environment) for name, tree in trees.items()}
-    parts = _validate(trees, origins)
-    dumped = {name: part.model_dump() for name, part in parts.items()}
-    leaves = {path: origins.get(path, "default") for path, _ in walk(dumped)}
-    site_name, exp_name = (
+    trees, origins = _read(site, experiment)
+    return Layers(
         resources.find_named("site_configs", site).stem,
         resources.find_named("jobs", experiment).stem,
+        trees,
+        origins,
+        (*environment_overrides(environment), *overrides),
+        environment,
     )
-    return Resolved(site_name, exp_name, parts["site"], parts["experiment"], leaves)
 
 
 def resolve_parts(
@@ -211,7 +282,12 @@ def resolve_parts(
     Raises:
         ConfigError: as `resolve`; also an override of the part that is not there.
     """
-    trees, origins = _layered(site, experiment, overrides, os.environ)
+    trees, origins = _read(site, experiment)
+    from_environment = [
+        item for item in environment_overrides(os.environ) if item.path.partition(".")[0] in trees
+    ]
+    for item in _names_first([*from_environment, *overrides]):
+        _apply(trees, origins, item)
     return _validate(trees, origins), origins
 
 
@@ -235,9 +311,7 @@ def load_experiment(name: str) -> Experiment:
     return _checked(Experiment, "experiment", tree, _prefixed("experiment", origins))
 
 
-def _layered(
-    site: str | None, experiment: str | None, overrides: Sequence[Override], environment: Mapping[str, str]
-) -> tuple[Tree, dict[str, str]]:
+def _read(site: str | None, experiment: str | None) -> tuple[Tree, dict[str, str]]:
     trees: Tree = {}
     origins: dict[str, str] = {}
     if site is not None:
@@ -246,11 +320,6 @@ def _layered(
     if experiment is not None:
         trees["experiment"], found = _load_experiment(resources.find_named("jobs", experiment))
         origins |= _prefixed("experiment", found)
-    from_environment = [
-        item for item in environment_overrides(environment) if item.path.partition(".")[0] in trees
-    ]
-    for layer in _names_first([*from_environment, *overrides]):
-        _apply(trees, origins, layer)
     return trees, origins
 
 
@@ -283,9 +352,10 @@ def _load_tree(file: Path) -> tuple[Tree, dict[str, str]]:
 
 def _load_experiment(file: Path, seen: tuple[Path, ...] = ()) -> tuple[Tree, dict[str, str]]:
     tree, origins = _load_tree(file)
+    matrix = _flat_matrix(tree, origins)
     parent_name = tree.pop("extends", None)
     if parent_name is None:
-        return tree, origins
+        return tree | matrix, origins
     where = origins.pop("extends")
     if not isinstance(parent_name, str):
         raise ConfigError(f"{where}: extends: expected the name of one experiment")
@@ -296,9 +366,25 @@ def _load_experiment(file: Path, seen: tuple[Path, ...] = ()) -> tuple[Tree, dic
     if parent_file in (*seen, file):
         raise ConfigError(f"{where}: extends: {parent_name!r} leads back to itself")
     parent, parent_origins = _load_experiment(parent_file, (*seen, file))
-    for path, value in walk(tree):
+    axes = parent.pop("matrix", {}) | matrix.get("matrix", {})
+    for path, value in walk(tree) if tree else ():
         _put(parent, parent_origins, path, value, origins.get(path, where))
-    return parent, parent_origins | {path: at for path, at in origins.items() if path not in parent_origins}
+    # null takes an axis of the parent away
+    kept = {path: values for path, values in axes.items() if values is not None}
+    own_axes = {path: at for path, at in origins.items() if path.startswith("matrix.")}
+    return parent | ({"matrix": kept} if kept else {}), origins | parent_origins | own_axes
+
+
+def _flat_matrix(tree: Tree, origins: Mapping[str, str]) -> Tree:
+    """Takes ``matrix`` out of a file's tree; returns it alone, with one dotted key path per axis."""
+    if "matrix" not in tree:
+        return {}
+    matrix = tree.pop("matrix")
+    if not isinstance(matrix, dict) or not matrix:
+        raise ConfigError(
+            f"{origins['matrix']}: matrix: expected keys with lists of values, found {matrix!r}"
+        )
+    return {"matrix": dict(walk(matrix))}
 
 
 def _find_parent(name: str, child: Path) -> Path:
@@ -321,6 +407,8 @@ def _apply(trees: Tree, origins: dict[str, str], layer: Override) -> None:
         raise ConfigError(f"{layer.origin}: give a key inside {part}, such as {part}.description")
     if part not in trees:
         raise ConfigError(f"{layer.origin}: {layer.path} belongs to the {part}, and none was named")
+    if layer.path.startswith("experiment.matrix"):
+        raise ConfigError(f"{layer.origin}: an axis of the matrix is set with --matrix KEY=VALUE,VALUE,...")
     _put(trees, origins, layer.path, copy.deepcopy(layer.value), layer.origin)
 
 

@@ -38,6 +38,8 @@ class Scheduler(Strict):
     """More directives, name without dashes -> value; `true` writes the bare option."""
     skip_options: list[Text] = Field(default_factory=list)
     """Directives to leave out because the site refuses them, such as `mem` or `gpus-per-node`."""
+    parallel_cells: int | None = Field(default=None, ge=1)
+    """How many cells of a sweep run at once; default: no limit, on a local site one."""
     poll_s: float = Field(default=30.0, gt=0)
     """Seconds between questions to the scheduler while waiting."""
     command_timeout_s: float = Field(default=60.0, gt=0)
@@ -120,6 +122,12 @@ class Site(Strict):
     """Memory to ask for per node; 0 asks for all; default: do not ask."""
     walltime: Walltime = "01:00:00"
     """Wall time, unless the experiment or the command line says otherwise."""
+    stop_margin_s: float | None = Field(default=None, gt=0)
+    """Seconds before the end of the wall time at which workers checkpoint and leave; default: measured."""
+    hang_timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds without progress on a node after which a run counts as hung and is stopped."""
+    start_timeout_s: float = Field(default=1800.0, gt=0)
+    """The same until the first step: imports from a slow file system, the rendezvous, compilation."""
     master_port: Port = "auto"
     """Port of the rendezvous: auto, a number, or a range; leased on node 0 at run time."""
     launch: Launch = Launch()

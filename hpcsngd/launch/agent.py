@@ -19,11 +19,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from hpcsngd import __version__, rundir
-from hpcsngd.launch import commands, environment, outcome, place, ports, processes, verdict
-from hpcsngd.launch.outcome import AgentFaultError, Ended
+from hpcsngd import __version__, lifeline, rundir
+from hpcsngd.launch import (
+    commands,
+    environment,
+    hardware,
+    outcome,
+    place,
+    ports,
+    processes,
+    requeue,
+    slurm,
+    verdict,
+    watch,
+)
+from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
+from hpcsngd.launch.walltime import RESERVE_S
+
+Reason = Literal["stop", "moved", "peer", "hang"]
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +82,10 @@ class NodeAgent:
             RunFailedError: they did not succeed; the reason is in ``status.yaml``.
         """
         run = rundir.open_run(Path(self.run_dir))
-        plan = Plan.from_record(run.record()["plan"])
+        plan = Plan.from_record(run.plan_record(self.attempt))
         here = place.locate()
         attempt = run.attempt(self.attempt + here.restarts)
-        context = outcome.Context(run, plan, here, attempt, time.monotonic())
+        context = Context(run, plan, here, attempt, place.time_left_s(here, plan))
         is_adopting = processes.adopt_orphans()
         log.info("agent %d of %d on %s, orphans adopted: %s", here.index, here.agents, here.host, is_adopting)
         with Stop() as stop:
@@ -87,13 +102,16 @@ class NodeAgent:
 class Supervisor:
     """Starts the workers, watches them, and starts them again when the rendezvous moves."""
 
-    def __init__(self, context: outcome.Context, stop: Stop) -> None:
+    def __init__(self, context: Context, stop: Stop) -> None:
+        self._context = context
         self._run = context.run
         self._plan = context.plan
         self._place = context.place
         self._attempt = context.attempt
         self._stop = stop
         self._ranks = context.ranks
+        self._guard = self._new_guard()
+        self._faults_since = 0.0
         self._generation = 0
         self._taken: set[int] = set()
 
@@ -105,6 +123,10 @@ class Supervisor:
         """
         if problem := place.misfit(self._place, self._plan):
             raise AgentFaultError("configuration", problem)
+        number = requeue.attempts_in_a_row(self._run, self._attempt, self._place.restarts)
+        if self._place.restarts and number > self._plan.max_attempts:
+            allowed = f"restart.max_attempts allows {self._plan.max_attempts}"
+            raise AgentFaultError("preempted", f"the scheduler starts attempt {number}; {allowed}")
         if self._place.is_leader:
             self._write_attempt()
         while True:
@@ -116,6 +138,7 @@ class Supervisor:
                 ended = self._watch(child, meeting)
             finally:
                 child.end(END_GRACE_S)
+            self._context.sign(ended.by)
             if not self._is_again(ended, meeting):
                 return ended
             processes.kill_descendants()
@@ -137,6 +160,8 @@ class Supervisor:
                 "python": platform.python_version(),
                 "submitit": version("submitit"),
             },
+            "hardware": hardware.facts(),
+            "job": slurm.job_record(self._place.job_id) if self._plan.scheduler == "slurm" else {},
         }
         rundir.write_yaml(self._attempt.attempt_yaml, facts)
 
@@ -210,7 +235,8 @@ class Supervisor:
         return processes.Child(words, own, *logs)
 
     def _watch(self, child: processes.Child, meeting: Rendezvous) -> Ended:
-        next_files = faults_since = 0.0
+        self._guard = self._new_guard()
+        self._faults_since = next_files = 0.0
         while (status := child.poll()) is None:
             now = time.monotonic()
             if self._stop.is_requested:
@@ -219,18 +245,64 @@ class Supervisor:
                 return self._ended("stop", child)
             if now >= next_files:
                 next_files = now + FILES_POLL_S
-                if not self._place.is_leader and self._newer():
-                    return self._ended("moved", child)
-                faults_since = (faults_since or now) if self._attempt.faults() else 0.0
-            if faults_since and now - faults_since > PEER_GRACE_S:
-                return self._ended("peer", child)
+                if by := self._look(now):
+                    return self._ended(by, child)
             time.sleep(POLL_S)
         lines = child.tail()
         log.info("generation %d ended with exit status %d", meeting.generation, status)
         return Ended("itself", status, lines)
 
-    def _ended(self, by: Literal["stop", "moved", "peer"], child: processes.Child) -> Ended:
-        child.end(0.0 if self._stop.is_hard else END_GRACE_S)
+    def _new_guard(self) -> watch.Watch:
+        return watch.Watch(
+            self._attempt.heartbeats,
+            self._ranks,
+            start_timeout_s=self._plan.start_timeout_s,
+            hang_timeout_s=self._plan.hang_timeout_s,
+            now=time.monotonic(),
+        )
+
+    def _look(self, now: float) -> Reason | None:
+        """Gives a sign of life and looks at the others'; returns why the workers should be ended, if so."""
+        self._context.sign(lifeline.WATCHING)
+        if self._place.is_leader:
+            self._mind_the_limit(now)
+        elif self._newer():
+            return "moved"
+        silent_s = self._guard.silence(now)
+        if silent_s is not None and not self._attempt.faults():
+            self._record_hang(silent_s)
+        faults = self._attempt.faults()
+        if any(fault.kind == "hang" for fault in faults):
+            logs = [self._log_of(rank) for rank in self._ranks]
+            watch.dump_stacks(self._attempt.heartbeats, self._ranks, logs)
+            return "hang"
+        self._faults_since = (self._faults_since or now) if faults else 0.0
+        # an agent that is about to be killed must use the time for its last word
+        grace_s = 0.0 if self._stop.is_terminated else PEER_GRACE_S
+        return "peer" if faults and now - self._faults_since >= grace_s else None
+
+    def _mind_the_limit(self, now: float) -> None:
+        walltime, beat = self._context.walltime, self._context.rank_0
+        is_limits_signal = self._stop.is_requested and walltime.is_near(now, beat)
+        if not self._stop.is_at_limit and (is_limits_signal or walltime.is_due(now, beat)):
+            log.info("%.0f s of wall time are left: asking the workers to leave", walltime.ends_at - now)
+            self._stop.warn(walltime.ends_at - RESERVE_S)
+
+    def _record_hang(self, silent_s: float) -> None:
+        folder = self._attempt.heartbeats
+        beats = [lifeline.read_beat(folder, f"rank{rank}") for rank in range(self._plan.world_size)]
+        message, evidence = watch.describe(beats, silent_s)
+        outcome.record_fault(self._context, verdict.Verdict("hang", message, evidence))
+
+    def _log_of(self, rank: int) -> Path:
+        if self._plan.mode == "per_rank":
+            return self._attempt.rank_log(rank, "err")
+        return self._attempt.node_log(self._place.node, "err")
+
+    def _ended(self, by: Reason, child: processes.Child) -> Ended:
+        self._context.sign(by)  # ending them takes a while: no silence
+        is_urgent = self._stop.is_hard or by == "hang" or (by == "peer" and self._stop.is_terminated)
+        child.end(0.0 if is_urgent else END_GRACE_S)
         return Ended(by, child.poll() or 0, child.tail())
 
     def _is_again(self, ended: Ended, meeting: Rendezvous) -> bool:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from hpcsngd.launch.plan import Plan
+from hpcsngd.rundir import RunDir
 
 PRELOAD_FAILED = 98
 """Exit status of the shell when a preload line failed."""
@@ -35,18 +37,22 @@ def wrap(plan: Plan, run_dir: str, command: Sequence[str]) -> list[str]:
     return ["bash", "-c", shell_text(plan.preload), "hpcsngd", *inside, *command]
 
 
-def worker_words(plan: Plan, run_dir: str, attempt: int | str) -> list[str]:
+def worker_words(plan: Plan, run_dir: str, attempt: int) -> list[str]:
     """Returns the worker's module and its arguments."""
     return [plan.worker, run_dir, "--attempt", str(attempt)]
 
 
-def rank_command(plan: Plan, run_dir: str, attempt: int | str) -> list[str]:
+def rank_command(plan: Plan, run_dir: str, attempt: int) -> list[str]:
     """Returns the command of one singly started rank; who it is stands in its environment."""
     return wrap(plan, run_dir, [plan.python, "-u", "-m", *worker_words(plan, run_dir, attempt)])
 
 
+def _torchrun_logs(run_dir: str, attempt: int, node: int | str) -> str:
+    return str(RunDir(Path(run_dir)).attempt(attempt).torchrun_logs(node))
+
+
 def node_command(
-    plan: Plan, run_dir: str, attempt: int | str, *, node: int | str, address: str, port: int | str
+    plan: Plan, run_dir: str, attempt: int, *, node: int | str, address: str, port: int | str
 ) -> list[str]:
     """Returns the torchrun command of one node, with a static rendezvous.
 
@@ -64,6 +70,10 @@ def node_command(
         f"--master-addr={address}",
         f"--master-port={port}",
         f"--rdzv-conf=timeout={int(plan.rendezvous_timeout_s)}",
+        # the node's log gets each line with its rank in front; a file per rank keeps what a killed torchrun
+        # had not passed on yet
+        "--tee=3",
+        f"--log-dir={_torchrun_logs(run_dir, attempt, node)}",
         "-m",
     ]
     return wrap(plan, run_dir, [*torchrun, *worker_words(plan, run_dir, attempt)])

@@ -46,6 +46,9 @@ RANK_NAMES = frozenset(
 # where the scheduler's own programs find their configuration: not a property of one job
 KEPT = frozenset({"SLURM_CONF", "LSF_ENVDIR", "LSF_SERVERDIR"})
 
+# what torchrun puts in front of each line that it passes on; its own default names the local rank
+_LINE_PREFIX = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
+
 DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
@@ -70,6 +73,8 @@ def worker_environment(agent: Mapping[str, str], plan: Plan) -> dict[str, str]:
         result.setdefault("OMP_NUM_THREADS", str(plan.cpus_per_rank))
     result[DEVICE] = "cuda" if plan.gpus_per_node else "cpu"
     result[BACKEND] = plan.backend
+    if plan.mode == "torchrun":
+        result[_LINE_PREFIX] = "[rank${rank}]: "
     return result | plan.env
 
 

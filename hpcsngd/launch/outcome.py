@@ -1,7 +1,9 @@
-"""How an attempt ended: from exit statuses, recorded faults and signals to ``status.yaml``.
+"""How an attempt ended: from exit statuses, recorded faults and signals to a status, or to another attempt.
 
-Agent 0 writes success. Any agent that sees a failure writes the failure, because the scheduler may kill the
-others at once; all go by the same recorded faults and the first cause wins, so they write the same.
+Agent 0 writes success, and it alone puts a stopped run back in the queue. Any agent that sees a failure
+writes the failure, because the scheduler may kill the others at once; all go by the same recorded faults and
+the first cause wins, so they write the same. An agent whose workers only lost the connection to others leaves
+the word to those, unless they are gone.
 """
 
 from __future__ import annotations
@@ -10,107 +12,62 @@ import dataclasses
 import logging
 import signal
 import time
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from hpcsngd import handover, rundir
-from hpcsngd.errors import RunFailedError
-from hpcsngd.launch import verdict
-from hpcsngd.launch.place import Place
-from hpcsngd.launch.plan import Plan
+from hpcsngd import handover, lifeline, rundir
+from hpcsngd.errors import RunFailedError, SchedulerError
+from hpcsngd.launch import ownjob, remains, requeue, verdict
+from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.stop import Stop
-from hpcsngd.rundir import Attempt, Fault, RunDir, Status
+from hpcsngd.lifeline import Beat
+from hpcsngd.rundir import Fault, Status
 
 log = logging.getLogger(__name__)
 
 SETTLE_S = 3.0
 """Other ranks may be writing an earlier cause; shared file systems show it late."""
 FINISHED_WAIT_S = 10.0
-LIMIT_MARGIN_S = 150.0
-"""A stop signal so close to the limit is the limit's: warned 90 s ahead, by a check every 30 s."""
 
 # what workers seem to die of when another rank has failed or a signal came
 _ECHOES = ("killed", "rendezvous", "unknown")
 _STATE_OF_KIND = {"walltime": "timeout", "preempted": "preempted"}
-
-
-class AgentFaultError(Exception):
-    """Something that keeps an agent from starting its workers."""
-
-    def __init__(self, kind: str, message: str, evidence: list[str] | None = None) -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.evidence = evidence or []
+_RESTARTABLE = ("hang", "node_failure")
 
 
 @dataclass(frozen=True)
-class Context:
-    """What an agent works on; ``started`` is its start on the monotonic clock, in seconds."""
-
-    run: RunDir
-    plan: Plan
-    place: Place
-    attempt: Attempt
-    started: float
-
-    @property
-    def ranks(self) -> range:
-        """Returns the ranks that this agent starts."""
-        if self.plan.mode == "per_rank":
-            return range(self.place.index, self.place.index + 1)
-        first = self.place.node * self.plan.ranks_per_node
-        return range(first, first + self.plan.ranks_per_node)
-
-    @property
-    def is_near_limit(self) -> bool:
-        """Returns whether the wall time is nearly used up."""
-        limit_s = self.plan.walltime_min * 60
-        return time.monotonic() - self.started >= limit_s - min(LIMIT_MARGIN_S, limit_s / 2)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How the workers of one generation ended.
+class Ending:
+    """How an attempt ended.
 
     Attributes:
-        by: ``itself``; or ended by the agent because of a ``stop`` signal, a failed ``peer``, or because the
-            rendezvous ``moved``.
-        exit_status: of the shell or torchrun; negative for a signal.
-        lines: the last lines that were written.
+        cause: ``timeout``, ``preempted``, ``cancelled``, ``node_failure``, ``hang`` or ``failed``.
+        state: one of `rundir.STATES`.
+        reason: one line.
+        fault: the first fault, if any.
+        is_restarting: whether the scheduler starts the job again, whatever we do.
     """
 
-    by: Literal["itself", "stop", "peer", "moved"]
-    exit_status: int
-    lines: list[str] = field(repr=False)
+    cause: str
+    state: str
+    reason: str
+    fault: Fault | None = None
+    is_restarting: bool = False
 
 
 def conclude(context: Context, ended: Ended, stop: Stop) -> None:
-    """Records how the workers ended.
+    """Records how the workers ended, and sees to it that the run goes on if it may.
 
     Raises:
-        RunFailedError: without success, so that submitit and the scheduler see a failure too.
+        RunFailedError: it ends without success, so that submitit and the scheduler see a failure too.
     """
+    context.sign(lifeline.ENDED)
     if ended.by == "itself" and ended.exit_status == 0:
         if context.place.is_leader:
             _complete(context)
         return
-    exit_status = verdict.worker_exit(ended.lines, ended.exit_status)
-    is_on_request = ended.by == "itself" and exit_status == handover.EXIT_STOPPED
-    cause = verdict.classify(ended.lines, exit_status)
-    if is_on_request or (_is_consequence(ended, cause, stop) and not _settled_faults(context, stop)):
-        raise RunFailedError(_stopped(context, stop, is_on_request))
-    if not context.attempt.faults() or (ended.by == "itself" and cause.kind not in _ECHOES):
-        _record_own_fault(context, cause)
-    raise RunFailedError(_failed(context))
-
-
-def _is_consequence(ended: Ended, cause: verdict.Verdict, stop: Stop) -> bool:
-    """Returns whether the workers ended because of a stop signal.
-
-    Some process trackers (linuxproc, and Slurm's own for SIGTERM) hand the agent's signal to the workers too;
-    those then end by themselves, killed or with a torn connection.
-    """
-    return ended.by == "stop" or (ended.by == "itself" and stop.is_requested and cause.kind in _ECHOES)
+    ending = _stopped(context, ended, stop) or _failed(context, ended, stop)
+    if ending is not None:
+        _finish(context, ending)
 
 
 def fail(context: Context, error: Exception) -> None:
@@ -119,49 +76,15 @@ def fail(context: Context, error: Exception) -> None:
         cause = verdict.Verdict(error.kind, str(error), error.evidence)
     else:
         cause = verdict.Verdict("unknown", f"the agent failed: {type(error).__name__}: {error}", [])
-    _record_own_fault(context, cause)
-    _failed(context)
+    record_fault(context, cause)
+    time.sleep(SETTLE_S)
+    first = context.attempt.faults()[0]
+    _write_status(context, Ending("failed", _STATE_OF_KIND.get(first.kind, "failed"), first.line(), first))
 
 
-def _complete(context: Context) -> None:
-    attempt = context.attempt
-    deadline = time.monotonic() + FINISHED_WAIT_S
-    while not attempt.finished_yaml.exists():
-        if time.monotonic() > deadline:
-            text = "the workers ended with exit status 0 but did not report that training finished"
-            _record_own_fault(context, verdict.Verdict("unknown", text, []))
-            raise RunFailedError(_failed(context))
-        time.sleep(0.2)
-    result = rundir.read_yaml(attempt.finished_yaml)
-    context.run.write_status(Status("completed", "", attempt.number, result=result))
-
-
-def _stopped(context: Context, stop: Stop, is_on_request: bool) -> str:
-    """Writes the status of an attempt that was asked to stop; returns its reason."""
-    how = "checkpointed and left" if is_on_request else "were ended"
-    signals = stop.words() or "a stop request"
-    if context.is_near_limit:
-        state, reason = "timeout", f"wall time of {context.plan.walltime_min} min reached; the workers {how}"
-    elif is_on_request or signal.SIGUSR2 in stop.received:
-        state, reason = "preempted", f"stopped by {signals}; the workers {how}"
-    else:
-        # cancellation and preemption without warning look the same from here; the scheduler knows
-        state, reason = "cancelled", f"stopped by {signals} (cancelled or preempted); the workers {how}"
-    if context.place.is_leader:
-        context.run.write_status(Status(state, reason, context.attempt.number))
-    return reason
-
-
-def _settled_faults(context: Context, stop: Stop | None = None) -> list[Fault]:
-    """Returns the attempt's faults after giving other ranks a moment, if there is one, to write theirs."""
-    if stop is None or not stop.is_hard:
-        time.sleep(SETTLE_S)
-    return context.attempt.faults()
-
-
-def _record_own_fault(context: Context, cause: verdict.Verdict) -> None:
+def record_fault(context: Context, cause: verdict.Verdict) -> None:
     """Writes a fault unless one of this agent's ranks has told its own."""
-    if any(fault.rank in context.ranks for fault in context.attempt.faults()):
+    if any(fault.rank in context.ranks and not fault.is_echo for fault in context.attempt.faults()):
         return
     is_single = context.plan.mode == "per_rank"
     context.attempt.write_fault(
@@ -176,15 +99,171 @@ def _record_own_fault(context: Context, cause: verdict.Verdict) -> None:
     )
 
 
-def _failed(context: Context) -> str:
-    """Writes the failed status, first cause first; returns its reason."""
-    first = _settled_faults(context)[0]
+def _complete(context: Context) -> None:
+    attempt = context.attempt
+    deadline = time.monotonic() + FINISHED_WAIT_S
+    while not attempt.finished_yaml.exists():
+        if time.monotonic() > deadline:
+            text = "the workers ended with exit status 0 but did not report that training finished"
+            record_fault(context, verdict.Verdict("unknown", text, []))
+            first = attempt.faults()[0]
+            _finish(context, Ending("failed", "failed", first.line(), first))
+        time.sleep(0.2)
+    result = rundir.read_yaml(attempt.finished_yaml)
+    context.run.write_status(Status("completed", "", attempt.number, result=result))
+
+
+def _stopped(context: Context, ended: Ended, stop: Stop) -> Ending | None:
+    """Returns the ending of workers that were asked to stop; None if they failed."""
+    exit_status = verdict.worker_exit(ended.lines, ended.exit_status)
+    is_on_request = ended.by == "itself" and (
+        exit_status == handover.EXIT_STOPPED or context.attempt.stopped_yaml.exists()
+    )
+    cause = verdict.classify(ended.lines, exit_status)
+    if is_on_request:
+        return _stop_ending(context, stop, "checkpointed and left")
+    # Some process trackers hand the agent's signal to the workers too; those then end killed or torn.
+    is_torn = ended.by == "itself" and stop.is_requested and cause.kind in _ECHOES
+    if ended.by != "stop" and not is_torn:
+        return None
+    if _silent(context, wait_s=0.0 if stop.is_hard else SETTLE_S) or _causes(context):
+        return None
+    return _stop_ending(context, stop, "were ended")
+
+
+def _stop_ending(context: Context, stop: Stop, how: str) -> Ending:
+    """Returns why workers were asked to stop, from what was recorded, the clock, Slurm's word and signals."""
+    signals = stop.words() or "a stop request"
+    if context.attempt.cancel_request.exists():
+        text = f"{remains.cancelled_by(context.attempt)}; the workers {how}"
+        return Ending("cancelled", "cancelled", text)
+    if stop.is_at_limit or context.is_near_limit:
+        text = f"wall time of {context.plan.walltime_min} min reached; the workers {how}"
+        return Ending("timeout", "timeout", text)
+    fate = _fate(context) if context.place.is_leader else "unknown"
+    if fate == "restarting":
+        text = f"Slurm puts the job back in the queue ({signals}); the workers {how}"
+        return Ending("preempted", "preempted", text, is_restarting=True)
+    if fate == "ending":
+        return Ending("cancelled", "cancelled", f"cancelled ({signals}); the workers {how}")
+    is_warned = how == "checkpointed and left" or signal.SIGUSR2 in stop.received
+    if is_warned or fate == "preempted":
+        return Ending("preempted", "preempted", f"stopped by {signals}; the workers {how}")
+    # cancellation and preemption without warning look the same from here
+    text = f"stopped by {signals} (cancelled or preempted); the workers {how}"
+    return Ending("cancelled", "cancelled", text)
+
+
+def _fate(context: Context) -> ownjob.Fate:
+    if context.plan.scheduler != "slurm":
+        return "unknown"
+    job = ownjob.ask(context.place.job_id, timeout_s=context.plan.command_timeout_s)
+    return job.fate(context.place.restarts) if job else "unknown"
+
+
+def _failed(context: Context, ended: Ended, stop: Stop) -> Ending | None:
+    """Returns the ending of workers that failed, first cause first; None if another agent knows better."""
+    cause = verdict.classify(ended.lines, verdict.worker_exit(ended.lines, ended.exit_status))
+    is_own = ended.by == "itself" and (cause.kind not in _ECHOES or not context.attempt.faults())
+    # a rank that was killed could not tell; that its peers lost the connection is no cause
+    if ended.by == "itself" and (is_own or (_is_kill(cause) and not _causes(context))):
+        record_fault(context, cause)
+    silent = _silent(context, wait_s=0.0 if stop.is_hard else SETTLE_S)
+    if silent and not [fault for fault in _causes(context) if fault.kind not in ("unknown", "rendezvous")]:
+        _record_silence(context, silent, stop)
+    faults = context.attempt.faults()
+    if not faults:
+        record_fault(context, cause)
+        faults = context.attempt.faults()
+    first = faults[0]
+    if not _speaks(context, silent) and (first.is_echo or first.kind in _RESTARTABLE):
+        return None
+    kind = first.kind if first.kind in _RESTARTABLE else "failed"
+    return Ending(kind, _STATE_OF_KIND.get(first.kind, "failed"), first.line(), first)
+
+
+def _is_kill(cause: verdict.Verdict) -> bool:
+    return cause.kind == "killed"
+
+
+def _causes(context: Context) -> list[Fault]:
+    return [fault for fault in context.attempt.faults() if not fault.is_echo]
+
+
+def _silent(context: Context, *, wait_s: float) -> list[Beat]:
+    """Returns the agents that watched their workers and give no sign of life any more."""
+    before = context.agents()
+    time.sleep(wait_s)
+    own = context.place.index
+    return [
+        now
+        for index, (then, now) in enumerate(zip(before, context.agents(), strict=True))
+        if wait_s and index != own and now is not None and now.phase == lifeline.WATCHING and now == then
+    ]
+
+
+def _record_silence(context: Context, silent: Sequence[Beat], stop: Stop) -> None:
+    """Records that an agent is gone: with its node, unless the launcher has noticed and ends the others."""
+    first = silent[0]
+    node = int(first.name.removeprefix("agent")) // context.plan.agents_per_node
+    if stop.is_terminated:
+        kind, text = "killed", f"the agent of node {node} was killed"
+    else:
+        kind, text = "node_failure", f"node {node} fell silent"
+    context.attempt.write_fault(Fault(kind, text, first.host, node=node))
+
+
+def _speaks(context: Context, silent: Sequence[Beat]) -> bool:
+    """Returns whether this agent is the first of those that are left."""
+    gone = {int(beat.name.removeprefix("agent")) for beat in silent}
+    return context.place.index == min(set(range(context.place.agents)) - gone)
+
+
+def _finish(context: Context, ending: Ending) -> None:
+    """Sends the run into its next attempt, or writes how it ended."""
+    if not context.place.is_leader:
+        if ending.cause in ("failed", *_RESTARTABLE):
+            _finish_for_others(context, ending)
+        return  # a stop: the first agent to leave must not have the launcher end agent 0
+    against = requeue.refusal(
+        context.run,
+        context.plan,
+        context.attempt,
+        ending.cause,
+        restarts=context.place.restarts,
+        first_checkpoint=context.first_checkpoint,
+    )
+    facts = {"state": ending.state, "cause": ending.cause, "reason": ending.reason, "utc": rundir.utc_now()}
+    if ending.is_restarting:
+        rundir.write_yaml(context.attempt.ended_yaml, {**facts, "next": "scheduler"})
+        return
+    if against is None:
+        try:
+            requeue.go_on(context.run, context.plan, context.attempt, context.place.job_id, facts)
+        except SchedulerError as error:
+            against = str(error)
+        else:
+            return
+    note = f"; not restarted: {against}" if ending.cause in context.plan.restart_on else ""
+    ending = dataclasses.replace(ending, reason=ending.reason + note)
+    _write_status(context, ending)
+    raise RunFailedError(ending.reason)
+
+
+def _finish_for_others(context: Context, ending: Ending) -> None:
+    """Writes a failure for agent 0, who may be gone; a node's failure is the scheduler's to restart."""
+    if ending.cause in context.plan.restart_on:
+        facts = {"state": ending.state, "cause": ending.cause, "reason": ending.reason}
+        rundir.write_yaml(context.attempt.ended_yaml, {**facts, "utc": rundir.utc_now(), "next": "scheduler"})
+        return
+    _write_status(context, ending)
+    raise RunFailedError(ending.reason)
+
+
+def _write_status(context: Context, ending: Ending) -> None:
     status = context.run.status()
     if status and status.state == "completed" and status.attempt == context.attempt.number:
-        log.warning("the run had completed before this agent failed: %s", first.line())
-        return first.line()
-    state = _STATE_OF_KIND.get(first.kind, "failed")
-    context.run.write_status(
-        Status(state, first.line(), context.attempt.number, fault=dataclasses.asdict(first))
-    )
-    return first.line()
+        log.warning("the run had completed before this agent failed: %s", ending.reason)
+        return
+    fault = dataclasses.asdict(ending.fault) if ending.fault else None
+    context.run.write_status(Status(ending.state, ending.reason, context.attempt.number, fault=fault))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from submitit import JobEnvironment
 
+from hpcsngd.launch import ownjob
 from hpcsngd.launch.plan import Plan
 
 _RESTARTS = "SLURM_RESTART_COUNT"
@@ -63,6 +64,18 @@ def locate() -> Place:
         restarts=int(os.environ.get(_RESTARTS) or 0),
         host=socket.gethostname(),
     )
+
+
+def time_left_s(place: Place, plan: Plan) -> float | None:
+    """Returns the seconds until the job's time limit by the scheduler's word; None if it cannot be had.
+
+    A job's clock runs before its agents start, and its limit may have been changed since the submission.
+    Only the leader needs it: many agents would be many questions.
+    """
+    if plan.scheduler != "slurm" or not place.is_leader:
+        return None
+    job = ownjob.ask(place.job_id, timeout_s=plan.command_timeout_s)
+    return job.left_s if job else None
 
 
 def misfit(place: Place, plan: Plan) -> str | None:

@@ -8,6 +8,7 @@ submission and decides nothing again.
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import re
 import shutil
@@ -70,7 +71,7 @@ class Plan:
         ranks_per_node: workers on each node.
         gpus_per_node: GPUs asked for on each node.
         cpus_per_rank: cores of one worker; None where the site does not count them.
-        walltime_min: minutes after which the scheduler ends the attempt.
+        walltime_min: minutes after which the scheduler ends the attempt; at most the site's limit.
         mode: ``torchrun`` starts one agent per node, ``per_rank`` one agent per rank.
         launcher: what starts the agents: ``srun`` or ``none``.
         launch_args: more words for the launcher.
@@ -88,6 +89,12 @@ class Plan:
         directives: what the scheduler is asked, in its own names without dashes.
         skip_options: directives that the site refuses; they are left out.
         command_timeout_s: seconds given to one scheduler command.
+        restart_on: ends that put the run back in the queue.
+        max_attempts: how many attempts in a row there may be.
+        stop_margin_s: seconds before the end of the wall time at which workers are asked to leave; None: as
+            measured.
+        hang_timeout_s: seconds without progress that count as a hang.
+        start_timeout_s: the same until the first step.
     """
 
     site_name: str
@@ -116,6 +123,11 @@ class Plan:
     directives: dict[str, Directive] = field(default_factory=dict)
     skip_options: tuple[str, ...] = ()
     command_timeout_s: float = 60.0
+    restart_on: tuple[str, ...] = ()
+    max_attempts: int = 1
+    stop_margin_s: float | None = None
+    hang_timeout_s: float = 1800.0
+    start_timeout_s: float = 1800.0
 
     @property
     def world_size(self) -> int:
@@ -165,7 +177,7 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) 
     problems = refusals.find(resolved, host)
     if problems:
         raise PreflightError("\n".join(problems))
-    site = resolved.site
+    site, restart = resolved.site, resolved.experiment.restart
     launch = site.launch
     cores = site.cpus_per_node
     plan = Plan(
@@ -177,7 +189,7 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) 
         ranks_per_node=resolved.ranks_per_node,
         gpus_per_node=resolved.gpus_per_node,
         cpus_per_rank=cores // resolved.ranks_per_node if cores else None,
-        walltime_min=resolved.walltime_min,
+        walltime_min=refusals.job_walltime_min(resolved),
         mode=launch.mode,
         launcher=launch.launcher or ("srun" if site.scheduler.kind == "slurm" else "none"),
         launch_args=tuple(launch.args),
@@ -194,6 +206,12 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) 
         ports=port_range(site.master_port),
         skip_options=tuple(site.scheduler.skip_options),
         command_timeout_s=site.scheduler.command_timeout_s,
+        # nobody would start a local run again: its controller goes with it
+        restart_on=tuple(restart.on) if site.scheduler.kind == "slurm" else (),
+        max_attempts=restart.max_attempts,
+        stop_margin_s=site.stop_margin_s,
+        hang_timeout_s=restart.hang_timeout_s or site.hang_timeout_s,
+        start_timeout_s=max(site.start_timeout_s, launch.rendezvous_timeout_s),
     )
     return dataclasses.replace(plan, directives=directives(resolved, plan))
 
@@ -223,7 +241,9 @@ def directives(resolved: Resolved, plan: Plan) -> dict[str, Directive]:
         "reservation": scheduler.reservation,
         "wckey": scheduler.wckey,
         "exclusive": scheduler.exclusive or None,
-        "requeue": True,
+        # the scheduler's own restart, after a node's failure
+        "requeue" if "node_failure" in plan.restart_on else "no-requeue": True,
+        "signal": f"USR2@{math.ceil(plan.stop_margin_s)}" if plan.stop_margin_s else None,
         **_gpus(scheduler.gpu_request, plan.gpus_per_node),
         **scheduler.options,
     }

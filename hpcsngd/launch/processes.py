@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hpcsngd import lifeline
+
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _TAIL_BYTES = 65536
 
@@ -49,6 +51,8 @@ class Child:
                 stdout=out_file,
                 stderr=err_file,
                 start_new_session=True,
+                # an agent that is killed cannot end its workers; agents have no threads
+                preexec_fn=lifeline.bind_to_parent,  # noqa: PLW1509
             )
 
     def poll(self) -> int | None:

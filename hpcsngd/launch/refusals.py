@@ -6,6 +6,7 @@ a person sees everything that is wrong at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -85,24 +86,43 @@ def _sizes(resolved: Resolved) -> Iterator[str]:
         )
 
 
+def job_walltime_min(resolved: Resolved) -> int:
+    """Returns the minutes to ask for one job: the run's, or the site's limit where jobs may be chained."""
+    asked = resolved.walltime_min
+    allowed = [walltime_minutes(row.max_walltime) for row in resolved.site.limits if _is_about(row, resolved)]
+    return min(asked, max(allowed)) if allowed and _may_chain(resolved) else asked
+
+
+def _may_chain(resolved: Resolved) -> bool:
+    return resolved.site.scheduler.kind == "slurm" and "timeout" in resolved.experiment.restart.on
+
+
 def _limits(resolved: Resolved) -> Iterator[str]:
     rows = resolved.site.limits
+    minutes, asked_min = job_walltime_min(resolved), resolved.walltime_min
     queue = resolved.site.scheduler.partition or resolved.site.scheduler.queue
-    if not rows or any(_fits(row, resolved.nodes, resolved.walltime_min, queue) for row in rows):
-        return
-    asked = f"{resolved.nodes} node(s) for {walltime_text(resolved.walltime_min)}"
-    in_queue = f" in {queue}" if queue else ""
-    allowed = "; ".join(_row(row) for row in rows)
-    yield f"{_rule(resolved, 'limits')}: {asked}{in_queue} fits no row; allowed: {allowed}"
+    if rows and not any(
+        _is_about(row, resolved) and minutes <= walltime_minutes(row.max_walltime) for row in rows
+    ):
+        asked = f"{resolved.nodes} node(s) for {walltime_text(asked_min)}"
+        in_queue = f" in {queue}" if queue else ""
+        allowed = "; ".join(_row(row) for row in rows)
+        is_only_long = any(_is_about(row, resolved) for row in rows)
+        advice = "; longer as a chain of jobs: restart.on: [timeout]" if is_only_long else ""
+        yield f"{_rule(resolved, 'limits')}: {asked}{in_queue} fits no row; allowed: {allowed}{advice}"
+    jobs, most = math.ceil(asked_min / minutes), resolved.experiment.restart.max_attempts
+    if jobs > most:
+        yield (
+            f"{walltime_text(asked_min)} in jobs of {walltime_text(minutes)} are {jobs} attempts, "
+            f"restart.max_attempts allows {most}"
+        )
 
 
-def _fits(row: Limit, nodes: int, walltime_min: int, queue: str | None) -> bool:
+def _is_about(row: Limit, resolved: Resolved) -> bool:
+    """Returns whether a row of limits is about this number of nodes and this queue."""
+    queue = resolved.site.scheduler.partition or resolved.site.scheduler.queue
     right_queue = row.queue is None or queue is None or row.queue == queue
-    return (
-        right_queue
-        and row.min_nodes <= nodes <= row.max_nodes
-        and walltime_min <= walltime_minutes(row.max_walltime)
-    )
+    return right_queue and row.min_nodes <= resolved.nodes <= row.max_nodes
 
 
 def _row(row: Limit) -> str:

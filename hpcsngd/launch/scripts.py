@@ -6,15 +6,16 @@ so this text is the deed, with ``RUN_DIR`` where the run directory's name will s
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcsngd.config.resolve import Resolved
-from hpcsngd.launch import commands, environment, plan
+from hpcsngd.launch import commands, environment, plan, secrets
 from hpcsngd.launch.executors import SlurmSiteExecutor
-from hpcsngd.launch.plan import Host, Plan
+from hpcsngd.launch.plan import Directive, Host, Plan
 from hpcsngd.rundir import RunDir
 
 RUN_DIR = "RUN_DIR"
@@ -30,8 +31,12 @@ _CAUSES: dict[str, str] = {
     "gres": "experiment.resources.gpus_per_node|site.gpus_per_node",
     "mem": "site.mem_gb_per_node",
     "time": "experiment.resources.walltime|site.walltime",
-    "requeue": "hpcsngd: a node's failure puts the job back in the queue",
-    "signal": "submitit: seconds of warning before the limit",
+    "array": "the matrix and site.scheduler.parallel_cells",
+    "requeue": "experiment.restart.on",
+    "no-requeue": "experiment.restart.on",
+    "signal": "site.stop_margin_s",
+    "dependency": "--after",
+    "hold": "--hold",
     "open-mode": "submitit: a requeued job keeps its logs",
     "output": "submitit's folder",
     "error": "submitit's folder",
@@ -55,35 +60,50 @@ def script(made: Plan, run_dir: Path) -> str:
     return SlurmSiteExecutor(RunDir(run_dir).submit_dir, made).script
 
 
-def dry_run(resolved: Resolved, *, host: Host | None = None) -> str:
+def dry_run(
+    resolved: Resolved, *, host: Host | None = None, directives: Mapping[str, Directive] | None = None
+) -> str:
     """Returns what a submission would send and run, and why; writes nothing.
 
     Args:
         resolved: the checked configuration.
         host: the machine that submits; default: this one.
+        directives: more directives for this submission, as for `hpcsngd.launch.submit.submit`.
 
     Raises:
-        PreflightError: as a submission would.
+        ConfigError: the configuration holds what looks like a secret.
+        PreflightError: what the site's rules refuse; a submission also asks the scheduler.
     """
+    secrets.refuse(resolved)
     made = plan.make(resolved, host=host)
+    made = dataclasses.replace(made, directives=made.directives | dict(directives or {}))
     run_dir = Path(resolved.site.run_root).expanduser().absolute() / RUN_DIR
-    blocks = [_headline(made)]
+    sent = script(made, run_dir) if made.scheduler == "slurm" else _local_command(made, run_dir)
+    return "\n\n".join([_headline(made), *details(resolved, made, run_dir, sent)]) + "\n"
+
+
+def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[str]:
+    """Returns the blocks of a dry run: what is sent, what each node runs, and where all of it comes from.
+
+    Args:
+        resolved: the checked configuration.
+        made: its plan.
+        run_dir: the run directory.
+        sent: the batch script, or the command that is started on this machine.
+    """
     if made.scheduler == "slurm":
-        text = script(made, run_dir)
-        blocks += [
-            f"# --- script for sbatch\n{text.rstrip()}",
-            "# --- where it comes from\n" + explain(text, resolved),
+        blocks = [
+            f"# --- script for sbatch\n{sent.rstrip()}",
+            "# --- where it comes from\n" + explain(sent, resolved),
         ]
     else:
-        blocks.append(
-            f"# --- started on this machine, in a session of its own\n{_local_command(made, run_dir)}"
-        )
-    blocks += [
+        blocks = [f"# --- started on this machine, in a session of its own\n{sent}"]
+    return [
+        *blocks,
         _workers(made, run_dir),
         "# --- where it comes from\n" + _origins(_COMMAND_KEYS, resolved),
         "# --- environment of the workers\n" + _environment(made, resolved),
     ]
-    return "\n\n".join(blocks) + "\n"
 
 
 def explain(text: str, resolved: Resolved) -> str:

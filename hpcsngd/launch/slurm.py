@@ -6,6 +6,8 @@ limit: a controller that is down lets its clients hang for minutes.
 
 from __future__ import annotations
 
+import datetime
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +69,29 @@ _ENDINGS: dict[str, tuple[str, str, str]] = {
 }
 
 
+# the reasons of squeue(1) that users ask about; others are shown as they are
+_REASONS: dict[str, str] = {
+    "BeginTime": "its start time has not come; a requeued job waits two minutes at most sites",
+    "Dependency": "it waits for another job",
+    "DependencyNeverSatisfied": "the job that it waits for did not succeed: it will never start, cancel it",
+    "JobHeldAdmin": "held by an administrator: ask the site's support",
+    "JobHeldUser": "held; start it with: scontrol release {job_id}",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition does not start jobs at present",
+    "PartitionNodeLimit": "it asks for more nodes than the partition allows: it will not start",
+    "PartitionTimeLimit": "it asks for more time than the partition allows: it will not start",
+    "Priority": "jobs of higher priority go first",
+    "ReqNodeNotAvail": "a node that it needs is down or reserved",
+    "Reservation": "its reservation has not begun",
+    "Resources": "it is next when enough nodes are free",
+}
+_REASON_FAMILIES: tuple[tuple[str, str], ...] = (
+    ("QOS", "a limit of the quality of service is reached"),
+    ("Assoc", "a limit of the account is reached"),
+    ("MaxJobs", "as many of your jobs run as are allowed"),
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """What Slurm says about one job.
@@ -75,16 +100,25 @@ class Job:
         job_id: its id; ``123_4`` for a member of an array.
         state: the state's first word, such as ``CANCELLED``.
         detail: what else the state said (``by 0``) and the reason, if any.
+        start: when it started or is expected to start, ISO 8601 in UTC; empty if Slurm cannot tell.
     """
 
     job_id: str
     state: str
     detail: str = ""
+    start: str = ""
 
     @property
     def phase(self) -> str:
         """Returns `PENDING`, `RUNNING`, `ENDED` or, for a word we do not know, `UNKNOWN`."""
         return _PHASES.get(self.state, UNKNOWN)
+
+    def waiting(self) -> str:
+        """Returns why a pending job does not run: Slurm's word, and what it means."""
+        known = _REASONS.get(self.detail.partition(",")[0])
+        family = next((text for prefix, text in _REASON_FAMILIES if self.detail.startswith(prefix)), "")
+        meaning = (known or family).format(job_id=self.job_id)
+        return f"{self.detail}: {meaning}" if meaning else self.detail
 
     def ending(self) -> tuple[str, str, str]:
         """Returns our state, the fault kind and a sentence for a job that ended and left no status.
@@ -96,29 +130,80 @@ class Job:
         return state, kind, f"{text} (Slurm: {self.state}{detail})"
 
 
-SQUEUE = ("squeue", "--noheader", "--states=all", "--format=%i|%T|%r", "--jobs")
-SACCT = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason", "--jobs")
+_FACT = re.compile(r"(?:^| )([A-Za-z][\w/:]*)=(\S*)")
+_RECORD_S = 10.0
+_RECORDED = (
+    "JobId",
+    "ArrayJobId",
+    "ArrayTaskId",
+    "JobName",
+    "Account",
+    "QOS",
+    "Partition",
+    "Reservation",
+    "Priority",
+    "Restarts",
+    "SubmitTime",
+    "EligibleTime",
+    "StartTime",
+    "TimeLimit",
+    "NodeList",
+    "BatchHost",
+    "NumNodes",
+    "NumCPUs",
+    "TRES",
+    "Features",
+    "Dependency",
+)
+
+SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%S", "--jobs")
+SACCT = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason,Start", "--jobs")
+
+
+_RANGES = re.compile(r"(?P<array>\d+)_\[(?P<ranges>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)(?:%\d+)?\]")
 
 
 def parse_jobs(text: str) -> dict[str, Job]:
-    """Returns job id -> job for lines ``id|state|reason`` of squeue or sacct; other lines are ignored.
+    """Returns job id -> job for lines ``id|state|reason|start`` of squeue or sacct; other lines are ignored.
 
-    Steps (``12.batch``) are ignored; a later line of the same id wins, as in ``sacct --duplicates``.
+    Steps (``12.batch``) are ignored; a later line of the same id wins, as in ``sacct --duplicates``. A line
+    for members of an array that have not started (``12_[0-3,7%2]``) gives one job each.
     """
-    jobs = {}
+    jobs: dict[str, Job] = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) < 2 or not cells[0] or "." in cells[0] or not cells[1]:
             continue
-        jobs[cells[0]] = _job(*cells[:3])
+        jobs |= {job_id: _job(job_id, *cells[1:4]) for job_id in members(cells[0])}
     return jobs
 
 
-def _job(job_id: str, state: str, reason: str = "") -> Job:
+def members(job_id: str) -> list[str]:
+    """Returns the ids that an id with ranges stands for: ``12_[0-2,7%2]`` is 12_0, 12_1, 12_2 and 12_7."""
+    match = _RANGES.fullmatch(job_id)
+    if not match:
+        return [job_id]
+    found = []
+    for part in match["ranges"].split(","):
+        first, _, last = part.partition("-")
+        found += [f"{match['array']}_{index}" for index in range(int(first), int(last or first) + 1)]
+    return found
+
+
+def _job(job_id: str, state: str, reason: str = "", start: str = "") -> Job:
     # sacct writes "CANCELLED by 1000", and "CANCELLED+" where the column is too narrow
     word, _, rest = state.partition(" ")
     words = [rest.strip(), "" if reason in ("None", "") else reason]
-    return Job(job_id, word.rstrip("+"), ", ".join(part for part in words if part))
+    return Job(job_id, word.rstrip("+"), ", ".join(part for part in words if part), utc(start))
+
+
+def utc(local: str) -> str:
+    """Returns a time as Slurm prints it, in the zone of this machine, as ISO 8601 in UTC; empty for N/A."""
+    try:
+        moment = datetime.datetime.fromisoformat(local).astimezone(datetime.timezone.utc)
+    except ValueError:
+        return ""
+    return moment.isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -140,7 +225,8 @@ def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
     """Returns what Slurm knows of these jobs: one squeue, and one sacct for those it does not list.
 
     squeue answers from the controller and is never late; sacct remembers longer, but lags by seconds and is
-    switched off at some sites.
+    switched off at some sites. Members of an array are asked for by the array's id: a thousand ids would
+    make a slow question.
     """
     queue, queue_complaint = _listed(SQUEUE, job_ids, timeout_s)
     missing = [job_id for job_id in job_ids if job_id not in queue]
@@ -149,9 +235,47 @@ def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
     return Answer(past | queue, not queue_complaint, complaints)
 
 
-def _listed(program: Sequence[str], job_ids: Sequence[str], timeout_s: float) -> tuple[dict[str, Job], str]:
+class AlreadyEndedError(SchedulerError):
+    """Slurm has nothing to cancel: the jobs have ended or are forgotten."""
+
+
+def cancel(job_ids: Sequence[str], *, timeout_s: float) -> None:
+    """Cancels jobs by id, with one scancel.
+
+    Raises:
+        AlreadyEndedError: none of them is left to cancel.
+        SchedulerError: scancel is missing, refuses or does not answer.
+    """
     try:
-        return parse_jobs(command_output([*program, ",".join(job_ids)], timeout_s=timeout_s)), ""
+        command_output(["scancel", *job_ids], timeout_s=timeout_s)
+    except SchedulerError as error:
+        if "Invalid job id" in str(error) or "already completing" in str(error):
+            raise AlreadyEndedError(str(error)) from error
+        raise
+
+
+def job_record(job_id: str) -> dict[str, str]:
+    """Returns what Slurm has on record of a job, by its own names; empty where it cannot be asked.
+
+    Only the `_RECORDED` facts: others, such as the command and its environment, may hold what is private.
+    """
+    try:
+        told = command_output(["scontrol", "show", "job", job_id, "--oneliner"], timeout_s=_RECORD_S)
+    except SchedulerError:
+        return {}
+    return parse_record(told)
+
+
+def parse_record(text: str) -> dict[str, str]:
+    """Returns the `_RECORDED` facts in one line of ``scontrol show job --oneliner``."""
+    facts = dict(_FACT.findall(text))
+    return {name: facts[name] for name in _RECORDED if facts.get(name) not in (None, "", "(null)", "N/A")}
+
+
+def _listed(program: Sequence[str], job_ids: Sequence[str], timeout_s: float) -> tuple[dict[str, Job], str]:
+    asked = ",".join(dict.fromkeys(job_id.partition("_")[0] for job_id in job_ids))
+    try:
+        return parse_jobs(command_output([*program, asked], timeout_s=timeout_s)), ""
     except SchedulerError as error:
         # squeue refuses a single id that it has forgotten: that is an answer, not a failure
         return {}, "" if "Invalid job id" in str(error) else str(error)

@@ -1,20 +1,22 @@
 """Where runs stand, from their directories and one question to the scheduler.
 
-A run's own status comes first. Without one, the scheduler says whether the job waits, runs or is gone; a job
-that is gone without a status has not succeeded, whatever the scheduler calls its end.
+A run's own status comes first. Without one, the scheduler says whether the job waits, runs or is gone; what a
+job that is gone left behind comes next (`hpcsngd.launch.remains`). A job that is gone without a trace has not
+succeeded, whatever the scheduler calls its end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpcsngd import rundir
-from hpcsngd.launch import processes, slurm
-from hpcsngd.rundir import Attempt, RunDir, Status
+from hpcsngd.launch import processes, remains, slurm
+from hpcsngd.rundir import Attempt, Fault, RunDir, Status
 from hpcsngd.tables import TABLES
 
 
@@ -35,12 +37,17 @@ class RunState:
         job_id: the scheduler's id; empty if nothing was submitted.
         host: the host of the submission on a local site, else empty.
         fault_kind: one of `rundir.FAULT_KINDS` for a run that ended badly, else empty.
+        fault: the first fault (keys of `rundir.Fault`) of such a run, if one is known.
+        result: what rank 0 reported at the end of training.
+        start_estimate: when the scheduler expects a pending job to start, ISO 8601 in UTC; else empty.
         epoch: completed epochs, with the fraction of the one that runs.
         epochs: epochs asked for.
         step: optimizer steps done.
         loss: newest training loss.
         accuracy: newest evaluation accuracy, a share.
         train_s: training time so far in seconds.
+        time_left_s: seconds of training left at the mean speed so far; only while the run runs.
+        limit_left_s: seconds until the attempt's wall-time limit; only while the run runs.
         submitted: time of submission, ISO 8601.
     """
 
@@ -55,12 +62,17 @@ class RunState:
     job_id: str
     host: str = ""
     fault_kind: str = ""
+    fault: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    start_estimate: str = ""
     epoch: float | None = None
     epochs: int | None = None
     step: int | None = None
     loss: float | None = None
     accuracy: float | None = None
     train_s: float | None = None
+    time_left_s: float | None = None
+    limit_left_s: float | None = None
     submitted: str = ""
 
     @property
@@ -74,8 +86,18 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """The newest job of a run, as its directory tells."""
+class Job:
+    """The newest job of a run, as its directory tells.
+
+    Attributes:
+        scheduler: slurm or local.
+        job_id: the scheduler's id, or the controller's process id.
+        host: where it was submitted.
+        start_ticks: with the process id, names the controller for as long as the machine is up.
+        utc: when it was submitted.
+        has_started: whether an agent has begun the newest attempt.
+        is_queued: whether another process will start it; ``job_id`` is then that process's.
+    """
 
     scheduler: str
     job_id: str
@@ -83,6 +105,12 @@ class _Job:
     start_ticks: int | None
     utc: str
     has_started: bool
+    is_queued: bool
+
+    @property
+    def is_alive_here(self) -> bool:
+        """Returns whether the controller of a local job runs on this machine."""
+        return self.start_ticks is not None and processes.start_ticks(int(self.job_id)) == self.start_ticks
 
 
 @dataclass(frozen=True)
@@ -92,6 +120,9 @@ class _Word:
     state: str
     reason: str = ""
     fault_kind: str = ""
+    fault: Fault | dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    start: str = ""
 
 
 def states(runs: Sequence[RunDir]) -> list[RunState]:
@@ -100,17 +131,19 @@ def states(runs: Sequence[RunDir]) -> list[RunState]:
     Raises:
         RunDirError: a run directory is damaged.
     """
-    jobs = [_newest_job(run) for run in runs]
+    records = [run.record() for run in runs]
+    jobs = [newest_job(run) for run in runs]
     ended = [current(run) for run in runs]
     asked = [
         job.job_id
         for job, status in zip(jobs, ended, strict=True)
         if job and not status and job.scheduler == "slurm"
     ]
-    answer = slurm.ask(asked, timeout_s=_patience(runs)) if asked else slurm.Answer({})
+    patience = max((float(record["plan"]["command_timeout_s"]) for record in records), default=0.0)
+    answer = slurm.ask(asked, timeout_s=patience) if asked else slurm.Answer({})
     return [
-        _state(run, job, _ended_word(status) if status else _word(job, answer))
-        for run, job, status in zip(runs, jobs, ended, strict=True)
+        _state(run, record, job, _ended_word(status) if status else _word(run, job, answer))
+        for run, record, job, status in zip(runs, records, jobs, ended, strict=True)
     ]
 
 
@@ -122,70 +155,87 @@ def current(run: RunDir) -> Status | None:
     return None if is_old else status
 
 
-def _patience(runs: Sequence[RunDir]) -> float:
-    """Returns the seconds to give a scheduler's command: the longest that a site of these runs allows."""
-    return max(float(run.record()["plan"]["command_timeout_s"]) for run in runs)
-
-
-def _newest_job(run: RunDir) -> _Job | None:
+def newest_job(run: RunDir) -> Job | None:
     """Returns the newest submitted job; the scheduler's own restarts keep its id."""
     attempts = run.attempts()
     for attempt in reversed(attempts):
         if attempt.submitted_yaml.exists():
             facts = rundir.read_yaml(attempt.submitted_yaml)
-            return _Job(
+            return Job(
                 scheduler=str(facts["scheduler"]),
                 job_id=str(facts["job_id"]),
                 host=str(facts.get("host", "")),
                 start_ticks=facts.get("start_ticks"),
                 utc=str(facts["utc"]),
-                has_started=attempts[-1].attempt_yaml.exists(),
+                has_started=attempts[-1].attempt_yaml.exists() and not attempts[-1].ended_yaml.exists(),
+                is_queued=bool(facts.get("queued")),
             )
     return None
 
 
 def _ended_word(status: Status) -> _Word:
-    return _Word(status.state, status.reason, str((status.fault or {}).get("kind", "")))
+    kind = str((status.fault or {}).get("kind", ""))
+    return _Word(status.state, status.reason, kind, status.fault, status.result)
 
 
-def _word(job: _Job | None, answer: slurm.Answer) -> _Word:
+def _word(run: RunDir, job: Job | None, answer: slurm.Answer) -> _Word:
     if job is None:
         return _Word("lost", "it was never submitted: submission was interrupted", "unknown")
-    return _local_word(job) if job.scheduler == "local" else _slurm_word(job, answer)
+    return _local_word(run, job) if job.scheduler == "local" else _slurm_word(run, job, answer)
 
 
-def _local_word(job: _Job) -> _Word:
+def _local_word(run: RunDir, job: Job) -> _Word:
     by_files = "running" if job.has_started else "pending"
     if job.host != socket.gethostname():
         return _Word(by_files, f"started on {job.host}; ask there")
-    if job.start_ticks is not None and processes.start_ticks(int(job.job_id)) == job.start_ticks:
+    if job.is_alive_here:
         return _Word(by_files)
-    return _Word("lost", f"process {job.job_id} on {job.host} is gone and wrote no status", "killed")
+    gone = _Word("lost", f"process {job.job_id} on {job.host} is gone and wrote no status", "killed")
+    return _by_remains(run, gone, may_be_complete=True)
 
 
-def _slurm_word(job: _Job, answer: slurm.Answer) -> _Word:
+def _slurm_word(run: RunDir, job: Job, answer: slurm.Answer) -> _Word:
     found = answer.jobs.get(job.job_id)
     complaints = "; ".join(answer.complaints)
-    if found is None and answer.is_complete:
-        doubt = f" ({complaints})" if complaints else ""
-        return _Word(
-            "lost", f"Slurm no longer knows job {job.job_id}, and it wrote no status{doubt}", "unknown"
-        )
-    if found is None:
-        by_files = "running" if job.has_started else "pending"
+    by_files = "running" if job.has_started else "pending"
+    if found is None and not answer.is_complete:
         return _Word(by_files, f"the scheduler cannot be asked: {complaints}")
+    if found is None:
+        doubt = f" ({complaints})" if complaints else ""
+        text = f"Slurm no longer knows job {job.job_id}, and it wrote no status{doubt}"
+        return _by_remains(run, _Word("lost", text, "unknown"), may_be_complete=True)
     if found.phase == slurm.ENDED:
         state, kind, reason = found.ending()
-        return _Word(state, reason, kind)
+        word = _Word(state, reason, kind)
+        return _by_remains(run, word, may_be_complete=found.state == "COMPLETED")
     if found.phase == slurm.UNKNOWN:
-        return _Word("running" if job.has_started else "pending", f"Slurm calls it {found.state}")
-    return _Word(found.phase, found.detail)
+        return _Word(by_files, f"Slurm calls it {found.state}")
+    reason = found.waiting() if found.phase == slurm.PENDING else found.detail
+    return _Word(found.phase, reason, start=found.start if found.phase == slurm.PENDING else "")
 
 
-def _state(run: RunDir, job: _Job | None, word: _Word) -> RunState:
-    record = run.record()
+def _by_remains(run: RunDir, word: _Word, *, may_be_complete: bool) -> _Word:
+    """Returns what the run directory tells of a job that is gone, or else the scheduler's word.
+
+    Where the scheduler names a cause, such as a node's failure, that is the first one: workers that die of it
+    report echoes.
+    """
+    attempt = run.attempts()[-1]
+    if word.state == "cancelled" and attempt.cancel_request.exists():
+        return dataclasses.replace(word, reason=remains.cancelled_by(attempt))
+    if word.state not in ("failed", "lost") or word.fault_kind not in ("unknown", "killed"):
+        return word
+    left = remains.read(run, attempt, may_be_complete=may_be_complete)
+    if left is None:
+        return word
+    return _Word(left.state, left.reason, left.fault.kind if left.fault else "", left.fault, left.result)
+
+
+def _state(run: RunDir, record: Mapping[str, Any], job: Job | None, word: _Word) -> RunState:
     config = record["config"]
     attempts: list[Attempt] = run.attempts()
+    epochs = int(config["experiment"]["epochs"])
+    progress = _progress(run)
     return RunState(
         run=str(run.path),
         name=run.name,
@@ -194,19 +244,35 @@ def _state(run: RunDir, job: _Job | None, word: _Word) -> RunState:
         state=word.state,
         reason=word.reason,
         fault_kind=word.fault_kind,
+        fault=dataclasses.asdict(word.fault) if isinstance(word.fault, Fault) else word.fault,
+        result=word.result,
+        start_estimate=word.start,
         attempt=attempts[-1].number if attempts else 1,
         scheduler=str(record["plan"]["scheduler"]),
         job_id=job.job_id if job else "",
         host=job.host if job and job.scheduler == "local" else "",
         submitted=job.utc if job else "",
-        epochs=int(config["experiment"]["epochs"]),
-        **_progress(run),
+        epochs=epochs,
+        **progress,
+        **(_time_left(run, attempts[-1], progress, epochs) if word.state == "running" else {}),
     )
 
 
-def _progress(run: RunDir) -> Mapping[str, Any]:
+def _progress(run: RunDir) -> dict[str, Any]:
     """Returns the newest figures of the metrics, as far as they exist."""
     train = rundir.last_row(run.metrics("train"), TABLES["train"]) or {}
     evaluated = rundir.last_row(run.metrics("eval"), TABLES["eval"]) or {}
     newest = {name: train[name] for name in ("epoch", "step", "loss", "train_s") if name in train}
     return newest | ({"accuracy": evaluated["accuracy"]} if evaluated else {})
+
+
+def _time_left(run: RunDir, attempt: Attempt, progress: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """Returns the seconds until the end of training at the mean speed so far, and until the limit."""
+    done = float(progress.get("epoch", 0.0))
+    left = progress["train_s"] / done * max(0.0, epochs - done) if done else None
+    limit = None
+    if attempt.attempt_yaml.exists():
+        started = datetime.datetime.fromisoformat(rundir.read_yaml(attempt.attempt_yaml)["start"])
+        gone_s = (datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()
+        limit = 60.0 * float(run.plan_record(attempt.number)["walltime_min"]) - gone_s
+    return {"time_left_s": left, "limit_left_s": limit}

@@ -1,4 +1,4 @@
-"""Signals that ask an agent to stop, and how long its workers then have.
+"""Signals and the clock that ask an agent to stop, and how long its workers then have.
 
 submitit sends SIGUSR2 some time before the wall-time limit and on preemption, schedulers send SIGTERM before
 they kill, submitit's local controller sends SIGINT right before it kills. Handlers only take note: files are
@@ -20,6 +20,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.received: list[signal.Signals] = []
+        self.is_at_limit = False
         self._deadline: float | None = None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -37,8 +38,13 @@ class Stop:
 
     @property
     def is_requested(self) -> bool:
-        """Returns whether any stop signal has come."""
-        return bool(self.received)
+        """Returns whether any stop signal has come, or the wall time is nearly over."""
+        return bool(self.received) or self.is_at_limit
+
+    @property
+    def is_terminated(self) -> bool:
+        """Returns whether the scheduler has begun to end the job: it kills seconds later."""
+        return signal.SIGTERM in self.received
 
     @property
     def is_hard(self) -> bool:
@@ -52,6 +58,16 @@ class Stop:
     def words(self) -> str:
         """Returns the signals received, for people."""
         return ", ".join(dict.fromkeys(number.name for number in self.received))
+
+    def warn(self, deadline: float) -> None:
+        """Takes note that the wall time is nearly over; until then a mere warning may use what is left.
+
+        Args:
+            deadline: reading of the monotonic clock at which the workers must be gone.
+        """
+        self.is_at_limit = True
+        if not {signal.SIGTERM, signal.SIGINT} & set(self.received):
+            self._deadline = deadline
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)

@@ -7,27 +7,20 @@ not answer, the directory stays, with a failed status that quotes it; the script
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from submitit.core.utils import FailedSubmissionError
+from typing import Any
 
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, processes, provenance, status
-from hpcsngd.launch.agent import NodeAgent
-from hpcsngd.launch.executors import LocalSiteExecutor, SlurmSiteExecutor
-from hpcsngd.launch.plan import Plan
+from hpcsngd.launch import plan, preflight, provenance, sending, status
+from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import Fault, RunDir, Status
-
-log = logging.getLogger(__name__)
 
 ENDED_POLLS = 3
 """A job must be gone in so many polls before its silence counts: its status may be on its way to us."""
@@ -42,7 +35,14 @@ class Submitted:
 
 
 def submit(
-    resolved: Resolved, *, argv: Sequence[str], run_root: Path | None = None, worker: str = plan.WORKER
+    resolved: Resolved,
+    *,
+    argv: Sequence[str],
+    run_root: Path | None = None,
+    worker: str = plan.WORKER,
+    directives: Mapping[str, Directive] | None = None,
+    probe: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> Submitted:
     """Makes a run directory and submits its first attempt.
 
@@ -51,28 +51,27 @@ def submit(
         argv: the command line, for the record.
         run_root: folder in which the run directory is made; default: the site's.
         worker: the module that a worker runs; only tests change it.
+        directives: more directives for this submission, such as ``hold``; see `hpcsngd.launch.order`.
+        probe: whether to try the workers' Python on a node first.
+        origin: what the run was made from, such as ``{"rerun_of": name}``; goes into the provenance.
 
     Raises:
+        ConfigError: the configuration holds what looks like a secret.
         PreflightError: the request cannot work on this site, or the run root cannot be written.
         SchedulerError: the scheduler is missing, refuses or does not answer.
     """
-    made = plan.make(resolved, worker=worker)
-    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
-        raise SchedulerError(
-            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
-            "(--dry-run works anywhere)"
-        )
     root = (run_root or Path(resolved.site.run_root)).expanduser().absolute()
+    made = preflight.check(resolved, run_root=root, worker=worker, probe=probe)
+    need_scheduler(made)
     record = {
         "config": resolved.to_record(),
         "plan": made.to_record(),
-        "provenance": provenance.collect(argv),
+        "provenance": provenance.collect(argv, image=made.image) | dict(origin or {}),
     }
     run = rundir.create(root, made.job_name, record)
-    _say_what_is_dropped()
     try:
-        job_id = _send(run, made)
-    except (SchedulerError, FailedSubmissionError) as error:
+        job_id = sending.send(run, made, 1, **(directives or {}))
+    except SchedulerError as error:
         reason = f"not submitted: {error}"
         fault = Fault("configuration", reason, socket.gethostname(), node=0)
         run.write_status(Status("failed", reason, 1, fault=dataclasses.asdict(fault)))
@@ -80,27 +79,17 @@ def submit(
     return Submitted(run, job_id)
 
 
-def _say_what_is_dropped() -> None:
-    names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
-    if names:
-        log.warning("ignored, because they would override the script: %s", ", ".join(names))
+def need_scheduler(made: Plan) -> None:
+    """Refuses to go on where the plan's scheduler cannot be reached.
 
-
-def _send(run: RunDir, made: Plan) -> str:
-    run.submit_dir.mkdir()
-    executor_class = SlurmSiteExecutor if made.scheduler == "slurm" else LocalSiteExecutor
-    executor = executor_class(run.submit_dir, made)
-    job_id = str(executor.submit(NodeAgent(str(run.path), 1)).job_id)
-    facts: dict[str, str | int | None] = {
-        "scheduler": made.scheduler,
-        "job_id": job_id,
-        "host": socket.gethostname(),
-        "utc": rundir.utc_now(),
-    }
-    if made.scheduler == "local":
-        facts["start_ticks"] = processes.start_ticks(int(job_id))
-    rundir.write_yaml(run.attempt(1).submitted_yaml, facts)
-    return job_id
+    Raises:
+        SchedulerError: its commands are not in PATH.
+    """
+    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise SchedulerError(
+            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
+            "(--dry-run works anywhere)"
+        )
 
 
 def wait(
@@ -111,7 +100,7 @@ def wait(
 ) -> Status:
     """Waits until a run has ended and returns its status.
 
-    A job that is gone without a status gets one here, from the scheduler's word; it is never success. While
+    A job that is gone without a status gets one here, from what it left and the scheduler's word. While
     the scheduler cannot be asked, waiting goes on. Ctrl-C raises KeyboardInterrupt and changes nothing: the
     run goes on.
 
@@ -139,8 +128,12 @@ def wait(
 
 def _write_ending(run: RunDir, state: status.RunState) -> Status:
     """Writes the status of a run whose job is gone without one."""
-    fault = Fault(state.fault_kind, state.reason, state.host or socket.gethostname(), node=0)
-    name = "failed" if state.state == "lost" else state.state
-    ending = Status(name, fault.line(), state.attempt, fault=dataclasses.asdict(fault))
+    name, reason, fault = state.state, state.reason, state.fault
+    if name != "completed" and fault is None:
+        name = "failed" if name == "lost" else name
+        kind = state.fault_kind or "killed"
+        made = Fault(kind, reason, state.host or socket.gethostname(), node=0)
+        reason, fault = made.line(), dataclasses.asdict(made)
+    ending = Status(name, reason, state.attempt, fault=fault, result=state.result)
     run.write_status(ending)
     return ending

@@ -1,4 +1,4 @@
-"""What a failed child's last lines and exit status say about the cause. Pure; tested on recorded logs.
+"""What a failed job's last lines and exit status say about the cause. Pure; tested on recorded logs.
 
 Only words that leave no doubt name a cause; everything else is ``unknown`` with the last lines as evidence.
 A worker that could write its own fault knows better: the agent asks here only when none did.
@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpcsngd.launch.commands import PRELOAD_FAILED
+from hpcsngd.launch.slurm import utc
 
 EVIDENCE_LINES = 12
 
 # what torchrun, torch's excepthook and srun --label put in front of a line
-_PREFIX = re.compile(r"^(?:\[(?:rank|default)\d+\]:\s?|\d+:\s)")
+_PREFIX = re.compile(r"^(?:\[(?:rank|default)\d+\]:\s?|\d+:\s)+")
 # torchrun's own words about a worker that failed; everything before them is the workers'
 _TORCHRUN = re.compile(r"torch[./]distributed[./]elastic[./]multiprocessing[./]api")
 _LAST_WORDS = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)\b(?::|$)")
@@ -26,6 +27,8 @@ _WARNING = re.compile(r"^\[?W\d{4} ")
 _WORKER_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
+# several slurmd on one machine add the node's name
+_SLURMSTEPD = r"^slurmstepd(?:-\S+)?: error: "
 _EXCEPTION = r"^(?:[\w.]+\.)?"
 _CAUSES: tuple[tuple[str, str], ...] = (
     ("configuration", r"^hpcsngd: preload line \d+ failed: "),
@@ -37,6 +40,28 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ("out_of_memory", _EXCEPTION + r"(?:OutOfMemoryError|MemoryError)\b"),
     ("out_of_memory", r"DefaultCPUAllocator: .*(?:can't|not enough) |oom[-_]kill event|Out Of Memory"),
     ("quota", r"No space left on device|Disk quota exceeded"),
+    (
+        "configuration",
+        _SLURMSTEPD + r"execve\(\): .+: (?:No such file or directory|Permission denied)$",
+    ),
+    ("configuration", r"^FATAL: +\S+: executable file not found in \$PATH"),
+    ("import_error", r"\blib[\w.+-]+: cannot open shared object file: No such file or directory"),
+    # torchvision and torch of different builds
+    ("import_error", r"^RuntimeError: operator torchvision::\w+ does not exist"),
+    ("architecture", r"^FATAL: .*(?:could not open image|[Ii]mage format not recognized)"),
+    ("architecture", r"version [`']GLIBC(?:XX)?_[\d.]+' not found"),
+    ("architecture", r"no kernel image is available for execution on the device"),
+    ("architecture", r"CUDA driver version is insufficient for CUDA runtime version"),
+    ("nan", _EXCEPTION + r"NotFiniteError: "),
+    ("nan", r"^RuntimeError: Function '\w+' returned nan values in its \d+th output"),
+    ("missing_data", _EXCEPTION + r"MissingDataError: "),
+    ("missing_data", r"^RuntimeError: Dataset not found"),
+    ("walltime", _SLURMSTEPD + r"\*\*\* .+ DUE TO TIME LIMIT"),
+    ("preempted", _SLURMSTEPD + r"\*\*\* .+ DUE TO PREEMPTION"),
+    ("node_failure", _SLURMSTEPD + r"\*\*\* .+ DUE TO NODE FAILURE"),
+    ("node_failure", r"^srun: error: Node failure on "),
+    ("node_failure", r"uncorrectable ECC error encountered|GPU is lost\.? "),
+    ("hang", r"Watchdog caught collective operation timeout: "),
 )
 # these are often the echo of another rank's failure, so they count only if nothing above is found
 _ECHOES: tuple[tuple[str, str], ...] = (
@@ -45,17 +70,24 @@ _ECHOES: tuple[tuple[str, str], ...] = (
     ("rendezvous", r"client socket has (?:timed out|failed)|Gloo connectFullMesh failed"),
     ("rendezvous", r"Unable to find address for|No route to host"),
     ("rendezvous", r"Name or service not known|Temporary failure in name resolution"),
+    ("hang", r"Timed out waiting \d+ms for (?:recv|send) operation to complete"),
     ("killed", r"^(?:.*: line \d+: +\d+ )?Killed\b"),
+    # of the whole job: a step is also cancelled when one of its tasks fails
+    ("killed", _SLURMSTEPD + r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ \*\*\*$"),
 )
+# how slurmstepd dates and places what it did
+_EVENT = re.compile(r" ON (?P<host>\S+) CANCELLED AT (?P<time>[\dT:-]+)")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A cause: a fault kind, one line, and the lines that show it."""
+    """A cause: a fault kind, one line, the lines that show it, and host and time where the line has them."""
 
     kind: str
     message: str
     evidence: list[str]
+    host: str = ""
+    utc: str = ""
 
 
 def classify(lines: Sequence[str], exit_status: int) -> Verdict:
@@ -65,12 +97,32 @@ def classify(lines: Sequence[str], exit_status: int) -> Verdict:
         lines: the last lines that the child wrote.
         exit_status: its exit status; negative for a signal.
     """
-    plain = [_PREFIX.sub("", line).rstrip() for line in lines]
+    plain = _plain(lines)
+    return _recognize(plain) or _from_exit(plain, exit_status)
+
+
+def recognize(lines: Sequence[str]) -> Verdict | None:
+    """Returns the cause that some lines of a log name; None if they name none."""
+    return _recognize(_plain(lines))
+
+
+def _plain(lines: Sequence[str]) -> list[str]:
+    return [_PREFIX.sub("", line).rstrip() for line in lines]
+
+
+def _recognize(plain: Sequence[str]) -> Verdict | None:
     for causes in (_CAUSES, _ECHOES):
         if (found := _first(plain, causes)) is not None:
             kind, index = found
-            return Verdict(kind, _message(plain[index]), plain[max(0, index - 2) : index + 3])
-    return _from_exit(plain, exit_status)
+            event = _EVENT.search(plain[index])
+            return Verdict(
+                kind,
+                _message(plain[index]),
+                list(plain[max(0, index - 2) : index + 3]),
+                host=event["host"] if event else "",
+                utc=utc(event["time"]) if event else "",
+            )
+    return None
 
 
 def is_port_taken(lines: Sequence[str], port: int) -> bool:

@@ -10,8 +10,9 @@ import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -72,17 +73,34 @@ class Images(Dataset[Batch]):
         if count is None:
             return self
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(_SHUFFLE_SEED))[:count]
+        return self.subset(chosen)
+
+    def subset(self, chosen: Tensor) -> Images:
+        """Returns the samples with these indices, in their order."""
         pixels, labels = self._pixels[chosen], self._labels[chosen]
         return Images(pixels, labels, scale=self._scale, mean=self._mean, std=self._std)
+
+    @property
+    def labels(self) -> Tensor:
+        """Returns the labels, ``(samples,)``, int64."""
+        return self._labels
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set: what is trained on, what is tested on, and the number of classes."""
+    """A data set.
+
+    Attributes:
+        train: what is trained on.
+        test: what is evaluated.
+        num_classes: number of classes.
+        evaluated: what ``test`` is: the ``test`` set, or for cross-validation a ``validation`` set.
+    """
 
     train: Images
     test: Images
     num_classes: int
+    evaluated: Literal["test", "validation"] = "test"
 
 
 def digits(root: Path | None, download: bool) -> Splits:
@@ -143,7 +161,7 @@ DATASETS: dict[str, Callable[[Path | None, bool], Splits]] = {
 
 
 def load(config: schema.Data, data_root: str | None) -> Splits:
-    """Returns an experiment's data set, limited as it says.
+    """Returns an experiment's data set, limited as it says; with folds, evaluates a part of the training set.
 
     Args:
         config: the experiment's ``data``.
@@ -151,7 +169,7 @@ def load(config: schema.Data, data_root: str | None) -> Splits:
 
     Raises:
         MissingDataError: the files are not there or damaged.
-        SettingError: an unknown name.
+        SettingError: an unknown name, or folds that the data cannot be cut into.
     """
     if config.name not in DATASETS:
         hint = did_you_mean(config.name, DATASETS)
@@ -159,7 +177,36 @@ def load(config: schema.Data, data_root: str | None) -> Splits:
     root = config.root or data_root
     splits = DATASETS[config.name](Path(root).expanduser() if root else None, config.download)
     train, test = splits.train.limited(config.train_limit), splits.test.limited(config.test_limit)
-    return Splits(train, test, splits.num_classes)
+    if config.folds is None:
+        return Splits(train, test, splits.num_classes)
+    kept, held_out = fold(train.labels, config.folds)
+    return Splits(train.subset(kept), train.subset(held_out), splits.num_classes, "validation")
+
+
+def fold(labels: Tensor, config: schema.Folds) -> tuple[Tensor, Tensor]:
+    """Returns the indices of the samples that are kept for training and of those that are held out.
+
+    The folds are scikit-learn's `KFold` and `StratifiedKFold`. They follow from the labels and the settings
+    alone, so runs that differ in ``index`` hold out every sample once between them.
+
+    Args:
+        labels: of the training set, ``(samples,)``.
+        config: number of folds, which one is held out, and how they are drawn.
+
+    Raises:
+        SettingError: fewer samples, or fewer of some class, than folds.
+    """
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    counts = labels.bincount()
+    least = int(counts[counts > 0].min()) if config.stratified else len(labels)
+    if least < config.count:
+        what = "the rarest class has" if config.stratified else "there are"
+        raise SettingError(f"{config.count} folds need as many samples, but {what} only {least}")
+    make = StratifiedKFold if config.stratified else KFold
+    folds = make(config.count, shuffle=config.shuffled, random_state=config.seed if config.shuffled else None)
+    kept, held_out = list(folds.split(np.zeros(len(labels)), labels.numpy()))[config.index]
+    return torch.from_numpy(kept), torch.from_numpy(held_out)
 
 
 def loader(images: Images, sampler: Sampler[list[int]], *, workers: int, pin: bool) -> DataLoader[Batch]:

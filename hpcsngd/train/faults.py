@@ -30,6 +30,8 @@ _BY_WORDS = (
     ("No space left on device", "quota"),
     ("Disk quota exceeded", "quota"),
 )
+# what a collective says when the process at the other end is gone: gloo, then NCCL
+_TORN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 class TrainError(HpcsngdError):
@@ -69,6 +71,13 @@ class SettingError(TrainError):
 def kind_of(error: BaseException) -> str:
     """Returns the fault kind of an exception: its own, or that of what caused it, or ``unknown``."""
     return next((kind for each in _chain(error) if (kind := _own_kind(each)) != "unknown"), "unknown")
+
+
+def is_echo(error: BaseException) -> bool:
+    """Returns whether an exception only says that another process has gone."""
+    return kind_of(error) == "unknown" and any(
+        words in str(each) for each in _chain(error) for words in _TORN
+    )
 
 
 def message_of(error: BaseException) -> str:

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +29,12 @@ from hpcsngd.train.checkpoint import Checkpoints
 from hpcsngd.train.data import Batch
 from hpcsngd.train.faults import NotFiniteError
 from hpcsngd.train.metrics import Progress, Recorder, Sums
+from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import ShardedSampler
+from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import Strategy
 
 log = logging.getLogger(__name__)
-
-STOP_POLL_S = 0.5
-"""Rank 0 looks for a stop request at most this often: each look is a question to the file system."""
 
 
 @dataclass
@@ -92,8 +90,9 @@ class Trainer:
         test: this rank's evaluation batches.
         recorder: takes the metrics.
         checkpoints: takes the state.
-        stop_file: exists when the run should checkpoint and leave.
+        stop_request: says when the run should checkpoint and leave.
         progress: how far the run is; changed in place.
+        pulse: is told where this rank stands.
     """
 
     def __init__(
@@ -106,15 +105,15 @@ class Trainer:
         test: DataLoader[Batch],
         recorder: Recorder,
         checkpoints: Checkpoints,
-        stop_file: Path,
+        stop_request: StopRequest,
         progress: Progress,
+        pulse: Pulse,
     ) -> None:
         self._config, self._parts, self._sampler = config, parts, sampler
         self._train, self._test = train, test
-        self._recorder, self._checkpoints, self._stop_file = recorder, checkpoints, stop_file
-        self.progress = progress
+        self._recorder, self._checkpoints, self._stop_request = recorder, checkpoints, stop_request
+        self.progress, self._pulse = progress, pulse
         self._saved_step = progress.step
-        self._next_stop_poll = 0.0
         self._stopwatch = Stopwatch(config.diagnostics.profiling)
 
     def run(self) -> bool:
@@ -155,16 +154,22 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
         count = self._sampler.micro_batches_in(position)
         for index in range(count):
+            self._pulse.at("data")
             with self._stopwatch.phase("data"):
                 images, labels = self._to_device(next(batches))
+            self._pulse.at("compute")
             with parts.strategy.micro_batch(is_last=index + 1 == count):
                 sums[:2] += self._micro_batch(images, labels, size)
-        sums[2] = self._sees_stop_request()
+        self._pulse.at("reduce")
+        self._pulse.boundary()
+        sums[2] = self._stop_request.is_seen()
         loss, correct, stops = dist.all_reduce_sum(sums).tolist()
         if not math.isfinite(loss):
             raise NotFiniteError(f"loss is {loss / size} at step {self.progress.step + 1}; {self._advice()}")
+        self._pulse.at("update")
         self._update(size)
         self.progress.step += 1
+        self._pulse.at("update", self.progress.step)
         self.progress.samples += size
         self.progress.row.add(loss, correct, size)
         self.progress.epoch.add(loss, correct, size)
@@ -248,7 +253,7 @@ class Trainer:
         progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
         self._recorder.evaluation(progress, time.perf_counter() - started)
         log.info(
-            "epoch %d/%d: loss %.4f, accuracy %.4f; test loss %.4f, accuracy %.4f; lr %.3g, %.1f s trained",
+            "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; lr %.3g, %.1f s trained",
             progress.step // self._sampler.steps_per_epoch,
             self._config.epochs,
             progress.epoch.mean_loss,
@@ -266,6 +271,7 @@ class Trainer:
         parts.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
         for batch in self._test:
+            self._pulse.at("evaluate")
             images, labels = self._to_device(batch)
             with devices.autocast(self._config.precision, parts.device):
                 outputs = parts.model(images)
@@ -276,7 +282,8 @@ class Trainer:
         return Sums(loss_sum, correct, int(count))
 
     def _save(self) -> None:
-        parts, step = self._parts, self.progress.step
+        parts, step, started = self._parts, self.progress.step, time.monotonic()
+        self._pulse.at("checkpoint")
         if not all(bool(weight.isfinite().all()) for weight in parts.model.parameters()):
             raise NotFiniteError(f"a weight is not finite after step {step}; {self._advice()}")
         parts.strategy.join_buffers()
@@ -289,12 +296,7 @@ class Trainer:
         }
         self._checkpoints.save(step, common, seeds.stream_states())
         self._saved_step = step
-
-    def _sees_stop_request(self) -> bool:
-        if dist.rank() != 0 or time.monotonic() < self._next_stop_poll:
-            return False
-        self._next_stop_poll = time.monotonic() + STOP_POLL_S
-        return self._stop_file.exists()
+        self._pulse.saved(time.monotonic() - started)
 
     def _multiplier(self) -> float:
         return schedules.multiplier(

@@ -94,6 +94,7 @@ class Recorder:
         steps_per_epoch: turns steps into epochs.
         started: reading of ``time.monotonic`` when the worker started.
         first_step: steps done before this attempt.
+        evaluated: which data evaluations use, as eval.csv names them.
 
     Raises:
         SettingError: TensorBoard is asked for and not installed.
@@ -108,8 +109,10 @@ class Recorder:
         steps_per_epoch: int,
         started: float,
         first_step: int = 0,
+        evaluated: str = "test",
     ) -> None:
         self._attempt, self._steps_per_epoch, self._started = attempt, steps_per_epoch, started
+        self._evaluated = evaluated
         is_first = dist.rank() == 0
         self._sink = _tensorboard(run, first_step) if diagnostics.tensorboard and is_first else None
         self._run = run
@@ -136,14 +139,15 @@ class Recorder:
         self._put(
             "eval",
             **self._place(progress.step),
-            split="test",
+            split=self._evaluated,
             count=test.count,
             loss=test.mean_loss,
             accuracy=test.accuracy,
             eval_s=eval_s,
             **self._clocks(progress),
         )
-        self._show(progress.step, {"test/loss": test.mean_loss, "test/accuracy": test.accuracy})
+        name = self._evaluated
+        self._show(progress.step, {f"{name}/loss": test.mean_loss, f"{name}/accuracy": test.accuracy})
 
     def gradient_norms(self, step: int, norms: Mapping[str, float]) -> None:
         """Writes rows of grad_norm.csv."""

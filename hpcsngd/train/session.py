@@ -19,7 +19,9 @@ from hpcsngd.train.checkpoint import Checkpoints, Loaded
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.loop import Parts, Trainer
 from hpcsngd.train.metrics import Progress, Recorder
+from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler
+from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import STRATEGIES
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,9 @@ log = logging.getLogger(__name__)
 _REHEARSAL_BATCH = 2
 
 
-def train(run: RunDir, attempt: int, device: torch.device, *, started: float) -> bool:
+def train(
+    run: RunDir, attempt: int, device: torch.device, *, started: float, pulse: Pulse | None = None
+) -> bool:
     """Trains a run to its end, from its newest checkpoint if it has one; the ranks have met before.
 
     Args:
@@ -35,6 +39,7 @@ def train(run: RunDir, attempt: int, device: torch.device, *, started: float) ->
         attempt: number of this attempt.
         device: where this rank computes.
         started: reading of ``time.monotonic`` when the worker started.
+        pulse: is told where this rank stands; default: nobody is.
 
     Returns:
         True at the end of the run, with ``finished.yaml`` written; False after a stop request and checkpoint.
@@ -44,6 +49,8 @@ def train(run: RunDir, attempt: int, device: torch.device, *, started: float) ->
     """
     resolved = resolve.from_record(run.record()["config"])
     config = resolved.experiment
+    pulse = pulse or Pulse()
+    pulse.at("build")
     if config.deterministic:
         devices.use_deterministic_operations()
     splits = data.load(config.data, resolved.site.data_root)
@@ -65,9 +72,10 @@ def train(run: RunDir, attempt: int, device: torch.device, *, started: float) ->
         steps_per_epoch=sampler.steps_per_epoch,
         started=started,
         first_step=progress.step,
+        evaluated=splits.evaluated,
     )
     train_batches, test_batches = _loaders(config, splits, sampler, device)
-    with recorder:
+    with recorder, StopRequest(run.attempt(attempt).stop_request) as stop_request:
         trainer = Trainer(
             config,
             parts,
@@ -76,15 +84,21 @@ def train(run: RunDir, attempt: int, device: torch.device, *, started: float) ->
             test=test_batches,
             recorder=recorder,
             checkpoints=checkpoints,
-            stop_file=run.attempt(attempt).stop_request,
+            stop_request=stop_request,
             progress=progress,
+            pulse=pulse,
         )
         is_finished = trainer.run()
-    if is_finished and dist.rank() == 0:
-        result = _result(config, progress, parts.model) | {"wall_s": recorder.wall_s}
-        rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
-    # nobody ends while another still communicates
-    dist.barrier()
+        if dist.rank() == 0:
+            wall = {"wall_s": recorder.wall_s}
+            if is_finished:
+                result = _result(config, progress, parts.model, splits.evaluated) | wall
+                rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
+            else:
+                rundir.write_yaml(run.attempt(attempt).stopped_yaml, {"step": progress.step, **wall})
+        pulse.at("done")
+        # nobody ends while another still communicates
+        dist.barrier()
     return is_finished
 
 
@@ -175,11 +189,11 @@ def _loaders(
     )
 
 
-def _result(config: Experiment, progress: Progress, model: nn.Module) -> dict[str, Any]:
+def _result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
     return {
-        "test_accuracy": progress.test.accuracy,
-        "test_loss": progress.test.mean_loss,
-        "best_test_accuracy": progress.best_test_accuracy,
+        f"{evaluated}_accuracy": progress.test.accuracy,
+        f"{evaluated}_loss": progress.test.mean_loss,
+        f"best_{evaluated}_accuracy": progress.best_test_accuracy,
         "epochs": config.epochs,
         "steps": progress.step,
         "train_s": progress.train_s,

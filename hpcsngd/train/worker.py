@@ -11,6 +11,7 @@ which is recorded in the attempt's ``faults/``.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import signal
@@ -21,9 +22,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcsngd import rundir
+from hpcsngd import lifeline, rundir
 from hpcsngd.handover import EXIT_STOPPED
 from hpcsngd.train import faults
+from hpcsngd.train.pulse import Heartbeat, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         run = rundir.open_run(options.run_dir)
-        is_finished = _train(run, options.attempt, started)
+        pulse = Pulse(rank)
+        with Heartbeat(pulse, run.attempt(options.attempt).heartbeats):
+            is_finished = _train(run, options.attempt, started, pulse)
     except Exception as error:
         _record(rundir.RunDir(options.run_dir).attempt(options.attempt), error, rank)
         return EXIT_FAILED
@@ -56,13 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if is_finished else EXIT_STOPPED
 
 
-def _train(run: rundir.RunDir, attempt: int, started: float) -> bool:
+def _train(run: rundir.RunDir, attempt: int, started: float, pulse: Pulse) -> bool:
     from hpcsngd import dist
     from hpcsngd.train import devices, session
 
     device = devices.choose_device()
+    pulse.at("rendezvous")
     devices.join_ranks(device)
-    is_finished = session.train(run, attempt, device, started=started)
+    is_finished = session.train(run, attempt, device, started=started, pulse=pulse)
     # Not after an error: leaving the group would wait for ranks that wait for this one.
     dist.shutdown()
     return is_finished
@@ -86,6 +91,7 @@ def _record(attempt: rundir.Attempt, error: Exception, rank: int) -> None:
         host=socket.gethostname(),
         rank=rank,
         evidence=faults.evidence_of(error),
+        is_echo=faults.is_echo(error),
     )
     try:
         attempt.write_fault(fault)
@@ -93,7 +99,12 @@ def _record(attempt: rundir.Attempt, error: Exception, rank: int) -> None:
         log.error("cannot record the fault: %s", problem)  # noqa: TRY400
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Runs `main` as all that this process is for; does not return."""
+    # An agent that is killed cannot end its workers, and the kernel's word needs no scheduler.
+    lifeline.bind_to_parent()
+    # The agent asks for the stacks of all threads when nothing goes on any more.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -101,3 +112,7 @@ if __name__ == "__main__":
         # An orderly exit may wait for ever on a collective that other ranks will not join.
         os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

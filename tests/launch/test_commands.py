@@ -71,6 +71,8 @@ def test_torchrun_command(made: Plan) -> None:
         "--master-addr=node1",
         "--master-port=20007",
         "--rdzv-conf=timeout=60",
+        "--tee=3",
+        f"--log-dir={NASTY}/attempts/3/logs/torchrun/node1",
         "-m",
         "hpcsngd.train.worker",
         NASTY,

@@ -317,3 +317,33 @@ def test_no_job_is_left_behind(configure: Configure) -> None:
     submitted = send(configure, launch=PER_RANK)
     submit.wait(submitted.run, poll_s=0.2)
     wait_until(lambda: not Path(f"/proc/{submitted.job_id}").exists(), "the reaping of the controller")
+
+
+def test_each_ranks_output_is_kept_beside_the_nodes(configure: Configure) -> None:
+    run, ended = run_to_end(configure, env={"STANDIN": "import"})
+    assert ended.state == "failed"
+    attempt = run.attempt(1)
+    kept = sorted(attempt.torchrun_logs(0).glob("*/attempt_0/*/stderr.log"))
+    assert [file.parent.name for file in kept] == ["0", "1"]
+    assert "no_such_module_anywhere" in kept[0].read_text() + kept[1].read_text()
+    assert "[rank0]: " in attempt.node_log(0, "err").read_text()
+
+
+def test_cancel_lets_the_workers_leave_and_resume_goes_on(configure: Configure) -> None:
+    from hpcsngd.config.resolve import Override
+    from hpcsngd.launch.cancel import cancel
+    from hpcsngd.launch.resume import resume
+
+    submitted = send(configure, launch=PER_RANK, env={"STANDIN": "stop"})
+    run = submitted.run
+    wait_until(lambda: len(reports(run)) == 2, "the start of both ranks")
+    [done] = cancel([run])
+    assert (done.state, done.was_sent) == ("running", True)
+    ended = submit.wait(run, poll_s=0.2)
+    assert ended.state == "cancelled"
+    assert ended.reason.startswith("cancelled by ")
+    wait_until(lambda: processes.start_ticks(controller(submitted)) is None, "the end of the controller")
+    resume(run, [Override("site.env.STANDIN", "ok", "test")], argv=["test"])
+    assert submit.wait(run, poll_s=0.2).state == "completed"
+    assert [attempt.number for attempt in run.attempts()] == [1, 2]
+    assert rundir.read_yaml(run.attempt(2).attempt_yaml)["hardware"]["cpus"] >= 1

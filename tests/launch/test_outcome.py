@@ -6,13 +6,14 @@ import dataclasses
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import RunFailedError
-from hpcsngd.launch import outcome, place, plan
-from hpcsngd.launch.outcome import AgentFaultError, Context, Ended
+from hpcsngd.launch import outcome, ownjob, place, plan
+from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.stop import Stop
 from hpcsngd.rundir import Fault
@@ -29,10 +30,20 @@ def context(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(outcome, "SETTLE_S", 0.0)
     monkeypatch.setattr(outcome, "FINISHED_WAIT_S", 0.0)
     site = LOCAL_SITE | {"scheduler": {"kind": "slurm"}}
-    made = plan.make(configure(site, nodes=2, ranks_per_node=2))
+    made = plan.make(configure(site, nodes=2, ranks_per_node=2, restart__on=[]))
+    monkeypatch.setattr(ownjob, "ask", lambda *_, **__: None)
     run = rundir.create(tmp_path / "runs", "x", {})
     here = Place("7", ("n0", "n1"), 0, 0, 0, 2, 0, "n0")
-    return Context(run, made, here, run.attempt(1), time.monotonic())
+    return Context(run, made, here, run.attempt(1))
+
+
+def instead(context: Context, *, left_s: float | None = None, **changes: Any) -> Context:
+    """Returns the context with another place or plan, or so much time left."""
+    here = dataclasses.replace(
+        context.place, **{k: v for k, v in changes.items() if hasattr(context.place, k)}
+    )
+    made = dataclasses.replace(context.plan, **{k: v for k, v in changes.items() if hasattr(context.plan, k)})
+    return Context(context.run, made, here, context.attempt, left_s)
 
 
 def stopped(*signals: signal.Signals) -> Stop:
@@ -51,7 +62,7 @@ def end(context: Context, ended: Ended, *signals: signal.Signals) -> rundir.Stat
 
 
 def at_limit(context: Context) -> Context:
-    return dataclasses.replace(context, started=time.monotonic() - 60 * context.plan.walltime_min + 60)
+    return instead(context, left_s=60.0)
 
 
 def test_success_is_what_rank_0_reported(context: Context) -> None:
@@ -64,7 +75,7 @@ def test_success_is_what_rank_0_reported(context: Context) -> None:
 
 def test_only_agent_0_declares_success(context: Context) -> None:
     rundir.write_yaml(context.attempt.finished_yaml, {})
-    follower = dataclasses.replace(context, place=dataclasses.replace(context.place, node=1, index=1))
+    follower = instead(context, node=1, index=1)
     outcome.conclude(follower, Ended("itself", 0, []), stopped())
     assert context.run.status() is None
 
@@ -182,10 +193,8 @@ def test_failures_of_the_agent_itself(context: Context, error: Exception, line: 
 
 
 def test_ranks_of_an_agent(context: Context) -> None:
-    second = dataclasses.replace(context, place=dataclasses.replace(context.place, node=1, index=1))
-    assert list(second.ranks) == [2, 3]
-    single = dataclasses.replace(second, plan=dataclasses.replace(context.plan, mode="per_rank"))
-    assert list(single.ranks) == [1]
+    assert list(instead(context, node=1, index=1).ranks) == [2, 3]
+    assert list(instead(context, node=1, index=1, mode="per_rank").ranks) == [1]
 
 
 def test_a_job_that_differs_from_its_plan_is_told(context: Context) -> None:

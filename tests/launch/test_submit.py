@@ -29,7 +29,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    for name in ("sbatch", "squeue", "sacct"):
+    for name in ("sbatch", "squeue", "sacct", "scontrol", "sacctmgr"):
         program(folder, name, "echo stand-in not set up >&2; exit 1")
     return folder
 
@@ -205,7 +205,7 @@ def test_one_question_for_many_runs(configure: Configure, path: Path) -> None:
     )
     found = status.states(runs)
     assert [(state.state, state.reason) for state in found] == [
-        ("pending", "Priority"),
+        ("pending", "Priority: jobs of higher priority go first"),
         ("running", ""),
         ("pending", "Slurm calls it NEW"),
     ]
@@ -232,7 +232,7 @@ def test_progress_comes_from_the_metrics(run: rundir.RunDir, path: Path) -> None
 def test_the_status_of_an_earlier_attempt_is_not_the_runs(run: rundir.RunDir, path: Path) -> None:
     run.write_status(rundir.Status("preempted", "stopped", 1))
     assert status.states([run])[0].state == "preempted"
-    rundir.write_yaml(run.attempt(2).attempt_yaml, {"start": "x"})
+    rundir.write_yaml(run.attempt(2).attempt_yaml, {"start": rundir.utc_now()})
     program(path, "squeue", 'echo "4711|RUNNING|None"')
     state = status.states([run])[0]
     assert (state.state, state.attempt) == ("running", 2)

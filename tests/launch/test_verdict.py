@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ LOGS = Path(__file__).parents[1] / "data" / "logs"
         ("arch", 126, "architecture", "cannot execute binary file: Exec format error"),
         ("notfound", 127, "configuration", "exec: nopython: not found"),
         ("boom", 1, "unknown", "exit status 1; last exception: RuntimeError: the sky fell"),
+        ("library", 1, "import_error", "OSError: libcudart.so.12: cannot open shared object file"),
+        ("quota", 1, "quota", "OSError: [Errno 28] No space left on device"),
+        ("memory", 1, "out_of_memory", "DefaultCPUAllocator: can't allocate memory"),
+        ("anomaly", 1, "nan", "Function 'SqrtBackward0' returned nan values in its 0th output"),
+        ("torchvision", 1, "import_error", "operator torchvision::nms does not exist"),
+        ("waited", 1, "hang", "Timed out waiting 4000ms for recv operation to complete"),
+        ("slurm-noexec", 2, "configuration", "execve(): /opt/nowhere/bin/python: No such file or directory"),
     ],
 )
 def test_recorded_logs(log: str, status: int, kind: str, words: str) -> None:
@@ -56,6 +64,33 @@ def test_recorded_logs(log: str, status: int, kind: str, words: str) -> None:
             "rendezvous",
         ),
         ("socket.gaierror: [Errno -2] Name or service not known", "rendezvous"),
+        (
+            "slurmstepd: error: *** STEP 1.0 ON node1 CANCELLED AT 2026-11-21T10:00:00 DUE TO TIME LIMIT ***",
+            "walltime",
+        ),
+        (
+            "slurmstepd: error: *** JOB 1 ON node1 CANCELLED AT 2026-11-21T10:00:00 DUE TO NODE FAILURE, SEE",
+            "node_failure",
+        ),
+        ("srun: error: Node failure on node2", "node_failure"),
+        ("[rank2]: RuntimeError: CUDA error: uncorrectable ECC error encountered", "node_failure"),
+        (
+            "FATAL:   could not open image /images/a.sif: failed to retrieve path for /images/a.sif",
+            "architecture",
+        ),
+        ('FATAL:   "python3": executable file not found in $PATH', "configuration"),
+        ("python: /lib64/libm.so.6: version `GLIBC_2.29' not found (required by python)", "architecture"),
+        (
+            "RuntimeError: CUDA error: no kernel image is available for execution on the device",
+            "architecture",
+        ),
+        (
+            "[E ProcessGroupNCCL.cpp:632] [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(",
+            "hang",
+        ),
+        ("hpcsngd.train.faults.NotFiniteError: the loss is nan in step 7", "nan"),
+        ("hpcsngd.train.faults.MissingDataError: no such file below data", "missing_data"),
+        ("RuntimeError: Dataset not found. You can use download=True to download it", "missing_data"),
     ],
 )
 def test_single_lines(line: str, kind: str) -> None:
@@ -71,6 +106,7 @@ def test_single_lines(line: str, kind: str) -> None:
         "will retry on address in use by somebody",
         "Killedeer is a bird",
         "the loss is not a number",
+        "slurmstepd: error: *** STEP 12.0 ON node1 CANCELLED AT 2026-11-21T10:00:00 ***",
         "[W1121 11:19:00.344903457 socket.cpp:764] [c10d] (gai error: -2 - Name or service not known).",
     ],
 )
@@ -97,3 +133,29 @@ def test_only_torchs_word_about_this_port_means_that_it_was_taken() -> None:
     assert not verdict.is_port_taken(lines, 29534)
     older = "The server socket has failed to bind to [::]:29500 (errno: 98 - Address already in use)."
     assert verdict.is_port_taken([older], 29500)
+
+
+@pytest.mark.parametrize(
+    ("log", "kind", "host", "utc"),
+    [
+        ("slurm-preempted", "preempted", "hpcsngd-1", "2026-11-21T14:44:56+00:00"),
+        ("slurm-cancelled", "killed", "hpcsngd-1", "2026-11-21T14:44:11+00:00"),
+    ],
+)
+def test_slurms_own_words_have_host_and_time(
+    log: str, kind: str, host: str, utc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    found = verdict.recognize((LOGS / f"{log}.log").read_text().splitlines())
+    assert found is not None
+    assert (found.kind, found.host, found.utc) == (kind, host, utc)
+
+
+def test_a_step_that_ends_with_its_first_failure_was_not_killed_by_a_person() -> None:
+    assert verdict.recognize((LOGS / "slurm-badtask.log").read_text().splitlines()) is None
+
+
+@pytest.mark.parametrize("log", ["boom", "exit75", "kill"])
+def test_logs_that_name_no_cause_are_not_guessed_at(log: str) -> None:
+    assert verdict.recognize((LOGS / f"{log}.log").read_text().splitlines()) is None

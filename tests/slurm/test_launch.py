@@ -150,8 +150,8 @@ def test_limits_refuse_before_sbatch_is_called(
 
 
 def test_slurms_refusal_is_quoted(configure: Configure, tmp_path: Path) -> None:
-    resolved = configure(scheduler={"partition": "no-such-partition"})
-    with pytest.raises(SchedulerError, match="invalid partition specified: no-such-partition"):
+    resolved = configure(scheduler={"constraint": "no-such-feature"})
+    with pytest.raises(SchedulerError, match=r"sbatch refused: .*Invalid feature specification"):
         submit.submit(resolved, argv=["test"], worker=STANDIN)
     [file] = (tmp_path / "runs").glob("*/status.yaml")
     assert rundir.read_yaml(file)["state"] == "failed"

@@ -12,7 +12,7 @@ from hpcsngd.config import experiment as schema
 from hpcsngd.config.catalogue import DATASETS as CATALOGUE
 from hpcsngd.config.catalogue import DatasetFacts
 from hpcsngd.train import data, vision
-from hpcsngd.train.faults import MissingDataError
+from hpcsngd.train.faults import MissingDataError, SettingError
 from hpcsngd.train.sampler import EvaluationSampler
 
 PIXELS = (torch.arange(6 * 28 * 28) % 251).to(torch.uint8).reshape(6, 28, 28)
@@ -82,6 +82,73 @@ def test_limits_take_the_same_samples_in_every_run() -> None:
 
 def test_a_limit_above_the_size_takes_everything() -> None:
     assert len(data.load(config(test_limit=5000), None).test) == 359
+
+
+def contents(images: data.Images) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images[list(range(len(images)))][0]}
+
+
+class TestFolds:
+    def held_out(self, **fields: Any) -> list[list[int]]:
+        """Returns the held-out indices of every fold of the digits' training set."""
+        labels = data.load(config(), None).train.labels
+        count = fields.setdefault("count", 5)
+        parts = [
+            data.fold(labels, schema.Folds.model_validate({**fields, "index": index}))
+            for index in range(count)
+        ]
+        for kept, held in parts:
+            assert sorted([*kept.tolist(), *held.tolist()]) == list(range(1438))
+        return [held.tolist() for _, held in parts]
+
+    @pytest.mark.parametrize("stratified", [False, True])
+    @pytest.mark.parametrize("shuffled", [False, True])
+    def test_every_sample_is_held_out_once(self, shuffled: bool, stratified: bool) -> None:
+        folds = self.held_out(shuffled=shuffled, stratified=stratified)
+        assert sorted(index for fold in folds for index in fold) == list(range(1438))
+        assert {len(fold) for fold in folds} == {287, 288}
+
+    def test_stratified_folds_have_the_same_share_of_each_class(self) -> None:
+        labels = data.load(config(), None).train.labels
+        counts = torch.stack([labels[fold].bincount(minlength=10) for fold in self.held_out()])
+        assert (counts.max(dim=0).values - counts.min(dim=0).values).max() <= 1
+        plain = self.held_out(stratified=False)
+        uneven = torch.stack([labels[fold].bincount(minlength=10) for fold in plain])
+        assert (uneven.max(dim=0).values - uneven.min(dim=0).values).max() > 1
+
+    def test_plain_folds_are_consecutive(self) -> None:
+        folds = self.held_out(shuffled=False, stratified=False)
+        assert [index for fold in folds for index in fold] == list(range(1438))
+
+    def test_the_seed_alone_decides_the_shuffle(self) -> None:
+        assert self.held_out(seed=3) == self.held_out(seed=3)
+        assert self.held_out(seed=3) != self.held_out(seed=4)
+
+    def test_the_test_set_stays_unseen(self) -> None:
+        splits = data.load(config(folds={"count": 5, "index": 2}), None)
+        assert (splits.evaluated, len(splits.train), len(splits.test)) == ("validation", 1150, 288)
+        whole = data.load(config(), None)
+        assert whole.evaluated == "test"
+        kept, held, known = contents(splits.train), contents(splits.test), contents(whole.train)
+        assert (len(kept), len(held)) == (1150, 288)
+        assert kept | held == known
+        assert not known & contents(whole.test)
+
+    def test_folds_cut_what_the_limit_leaves(self) -> None:
+        splits = data.load(config(train_limit=100, folds={"count": 4, "index": 0}), None)
+        assert (len(splits.train), len(splits.test)) == (75, 25)
+
+    @pytest.mark.parametrize(
+        ("stratified", "words"), [(True, "the rarest class has only"), (False, "there are only 8")]
+    )
+    def test_too_many_folds_are_refused(self, stratified: bool, words: str) -> None:
+        folds = {"count": 9, "index": 0, "stratified": stratified}
+        with pytest.raises(SettingError, match=f"9 folds need as many samples, but {words}"):
+            data.load(config(train_limit=8, folds=folds), None)
+
+    def test_folds_count_from_zero(self) -> None:
+        with pytest.raises(ValueError, match="folds are counted from 0 to 4"):
+            config(folds={"count": 5, "index": 5})
 
 
 @pytest.mark.usefixtures("no_system_data")

@@ -43,6 +43,17 @@ def test_a_run_writes_what_it_promises(tmp_path: Path) -> None:
     assert sorted(path.name for path in run.metrics_dir.iterdir()) == ["eval.csv", "train.csv"]
 
 
+def test_cross_validation_evaluates_the_held_out_fold(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **{"data.folds": "{count: 4, index: 1}", "data.train_limit": "100"})
+    assert train(run)
+    evaluations = list(rundir.read_rows(run.metrics("eval"), TABLES["eval"]))
+    assert [(row["split"], row["count"]) for row in evaluations] == [("validation", 25)] * 2
+    result = finished(run)
+    assert result["validation_accuracy"] == evaluations[-1]["accuracy"]
+    assert result["best_validation_accuracy"] == max(row["accuracy"] for row in evaluations)
+    assert not [name for name in result if "test" in name]
+
+
 @pytest.mark.parametrize("preconditioner", [{}, HYLO | {"preconditioner.damping": "0.5"}])
 def test_digits_are_learned(tmp_path: Path, preconditioner: dict[str, str]) -> None:
     settings = {"data.train_limit": "null", "data.test_limit": "null", "epochs": "5", "batch_size": "32"}

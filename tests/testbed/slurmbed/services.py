@@ -84,18 +84,24 @@ def _create_database(layout: Layout, server: list[str]) -> None:
 
 def start_nodes(site: Site) -> None:
     """Starts one slurmd per node; raises TestbedError if not all nodes become idle."""
-    layout = site.layout
-    for index, name in enumerate(site.shape.node_names, start=1):
-        address, port = site.node_address(index), NODE_PORT_BASE + index
-        argv = ["slurmd", "-D", "-N", name]
-        if site.network == "netns":
-            # Not "ip netns exec": it mounts a new /sys, without the cgroups that slurmd looks for.
-            enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount"]
-            argv = [*enter, "sh", "-c", NODE_SETUP, "sh", name, str(layout.hosts), str(layout.etc), *argv]
-        ready = functools.partial(_accepts, address, port)
-        daemon(layout, f"slurmd.{name}").start(argv, _environment(layout), ready)
-    if not wait_for(lambda: _idle_nodes(layout) == site.shape.nodes, timeout_s=30):
-        raise TestbedError(f"not all of {', '.join(site.shape.node_names)} became idle; see {layout.log}")
+    for index in range(1, site.shape.nodes + 1):
+        start_node(site, index)
+    if not wait_for(lambda: _idle_nodes(site.layout) == site.shape.nodes, timeout_s=30):
+        names = ", ".join(site.shape.node_names)
+        raise TestbedError(f"not all of {names} became idle; see {site.layout.log}")
+
+
+def start_node(site: Site, index: int) -> None:
+    """Starts the slurmd of node ``index`` (from 1), at first or after a crash."""
+    layout, name = site.layout, site.shape.node_names[index - 1]
+    address, port = site.node_address(index), NODE_PORT_BASE + index
+    argv = ["slurmd", "-D", "-N", name]
+    if site.network == "netns":
+        # Not "ip netns exec": it mounts a new /sys, without the cgroups that slurmd looks for.
+        enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount"]
+        argv = [*enter, "sh", "-c", NODE_SETUP, "sh", name, str(layout.hosts), str(layout.etc), *argv]
+    ready = functools.partial(_accepts, address, port)
+    daemon(layout, f"slurmd.{name}").start(argv, _environment(layout), ready)
 
 
 def _accepts(address: str, port: int) -> bool:
