@@ -225,7 +225,7 @@ def test_a_seed_that_missed_the_target_forbids_a_verdict_on_time() -> None:
     ],
 )
 def test_verdicts(low: float, high: float, better: int, expected: str) -> None:
-    interval = numbers.stats.Interval((low + high) / 2, low, high)
+    interval = numbers.stats.Interval((low + high) / 2, low, high, n=3)
     assert numbers.verdict(interval, better) == expected
     assert numbers.verdict(None, better) == "cannot tell"
 
