@@ -93,8 +93,8 @@ def test_time_to_target_lies_between_evaluations() -> None:
 
 
 def test_mean_with_students_interval() -> None:
-    # standard deviation 1; t of two degrees of freedom is 4.303
+    # standard deviation 1; t of two degrees of freedom is 4.30265
     found = stats.mean_interval([1, 2, 3])
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-4)
+    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
     alone = stats.mean_interval([5])
     assert (alone.mean, math.isnan(alone.low), math.isnan(alone.high)) == (5, True, True)
