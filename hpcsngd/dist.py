@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -106,26 +107,62 @@ def broadcast(tensor: Tensor, src: int = 0) -> Tensor:
     return tensor
 
 
-def all_gather_rows(tensor: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+@dataclass(frozen=True)
+class Team:
+    """Some of the ranks, this one among them.
+
+    Attributes:
+        ranks: ascending.
+        group: of the backend; None where nobody communicates, and for all ranks.
+    """
+
+    ranks: tuple[int, ...]
+    group: Any = None
+
+
+def make_team(teams: Sequence[Sequence[int]]) -> Team:
+    """Returns the team that this rank is in; every rank must call it with the same disjoint teams.
+
+    Raises:
+        ValueError: this rank is in none of them.
+    """
+    mine: Team | None = None
+    for ranks in teams:
+        needs_group = 1 < len(ranks) < world_size()
+        # Every rank takes part in making every group.
+        group = torch_dist.new_group(list(ranks)) if needs_group else None
+        if rank() in ranks:
+            mine = Team(tuple(ranks), group)
+    if mine is None:
+        raise ValueError(f"rank {rank()} is in none of the teams {teams}")
+    return mine
+
+
+def all_gather_rows(
+    tensor: Tensor, sizes: Sequence[int] | None = None, team: Team | None = None
+) -> list[Tensor]:
     """Returns the tensors of all ranks, in rank order; the number of rows may differ between ranks.
 
     Args:
         tensor: shape ``(rows, ...)``; equal dtype and equal trailing dimensions on every rank.
         sizes: rows of every rank, where the caller knows them; otherwise one more collective finds out.
+        team: the ranks that take part; default: all. A team of one communicates nothing.
 
     Raises:
         ValueError: ``sizes`` does not fit this rank's tensor or the number of ranks.
     """
-    if sizes is not None and (len(sizes) != world_size() or sizes[rank()] != len(tensor)):
-        raise ValueError(f"rank {rank()} of {world_size()} has {len(tensor)} rows, sizes say {list(sizes)}")
-    if not is_initialized():
+    ranks = tuple(range(world_size())) if team is None else team.ranks
+    place, group = ranks.index(rank()), None if team is None else team.group
+    if sizes is not None and (len(sizes) != len(ranks) or sizes[place] != len(tensor)):
+        raise ValueError(f"rank {rank()} of {len(ranks)} has {len(tensor)} rows, sizes say {list(sizes)}")
+    if not is_initialized() or (team is not None and len(ranks) == 1):
         return [tensor]
     if sizes is None:
-        sizes = _gather_equal(torch.tensor([len(tensor)]))[:, 0].tolist()
+        sizes = _gather_equal(torch.tensor([len(tensor)]), len(ranks), group)[:, 0].tolist()
     # Collectives want equal shapes on every rank: pad to the longest, cut afterwards.
     padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
-    gathered = _gather_equal(padded)
+    gathered = _gather_equal(padded, len(ranks), group)
     return [gathered[source, :size] for source, size in enumerate(sizes)]
 
 
@@ -161,11 +198,11 @@ def gather_objects(value: T, dst: int = 0) -> list[T] | None:
     return box
 
 
-def _gather_equal(tensor: Tensor) -> Tensor:
-    """Returns ``(world_size, *tensor.shape)`` on ``tensor``'s device; shapes must agree over the ranks."""
+def _gather_equal(tensor: Tensor, ranks: int, group: Any) -> Tensor:
+    """Returns ``(ranks, *tensor.shape)`` on ``tensor``'s device; shapes must agree over the ranks."""
     carrier = _to_wire(tensor)
-    parts = [torch.empty_like(carrier) for _ in range(world_size())]
-    torch_dist.all_gather(parts, carrier)
+    parts = [torch.empty_like(carrier) for _ in range(ranks)]
+    torch_dist.all_gather(parts, carrier, group=group)
     return torch.stack(parts).to(tensor.device)
 
 

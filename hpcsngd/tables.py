@@ -114,7 +114,8 @@ _ALL = (
                 "phase",
                 "str",
                 "",
-                "data, forward, backward, capture, gather, factorise, precondition, update, ...",
+                "data, forward, backward, update; of a preconditioner: capture, gather, factorise, invert, "
+                "project, precondition, broadcast, observe",
             ),
             Column("seconds", "float", "s", "time of the phase in this step"),
         ),
@@ -140,14 +141,19 @@ _ALL = (
         (
             _ATTEMPT,
             _STEP,
-            Column("kind", "str", "", "rows, kernels, factors, ..."),
+            Column(
+                "kind",
+                "str",
+                "",
+                "captured (this rank's rows, before the exchange), rows, factors, comparison, ...",
+            ),
             Column("size_bytes", "int", "B", "held by the preconditioner on rank 0 after the step"),
         ),
         doc="Memory of the preconditioner by kind; with diagnostics.profiling.",
     ),
     Table(
         "rank_analysis",
-        ("step", "layer"),
+        ("step", "layer", "share"),
         (
             _ATTEMPT,
             _EPOCH,
@@ -220,6 +226,25 @@ _ALL = (
             Column("cosine", "float", "", "cosine of the angle to the exact result"),
         ),
         doc="Approximate against exact preconditioned gradient on one batch; with diagnostics.grad_error.",
+    ),
+    Table(
+        "quantify",
+        ("step",),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("norm_g", "float", "", "norm of the gradient g of all parameters"),
+            Column("norm_u", "float", "", "norm of u, what the preconditioner makes of it"),
+            Column("norm_ratio", "float", "", "norm_u over norm_g: the scaling"),
+            Column("q25", "float", "", "lower quartile of |u_i / g_i|"),
+            Column("q50", "float", "", "median of |u_i / g_i|"),
+            Column("q75", "float", "", "upper quartile of |u_i / g_i|"),
+            Column("cosine", "float", "", "cosine of the angle between u and g"),
+            Column("angle_deg", "float", "degrees", "that angle: the rotation"),
+            Column("entries", "int", "", "entries that the quartiles were taken over"),
+        ),
+        doc="How much is preconditioned; with diagnostics.quantify_every.",
     ),
 )
 

@@ -136,3 +136,27 @@ def test_completion_offers_names() -> None:
 def test_status_of_an_empty_root(tmp_path: Path) -> None:
     done = hpcsngd("status", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "no runs in runs\n")
+
+
+def test_a_verb_that_does_not_exist_is_answered_with_the_closest() -> None:
+    done = hpcsngd("docter")
+    assert done.returncode == 2
+    assert "did you mean 'doctor'?" in done.stderr
+
+
+def test_doctor_looks_at_this_machine_and_a_site(tmp_path: Path) -> None:
+    done = hpcsngd("doctor", "--site", "local", "--json", cwd=tmp_path)
+    record = json.loads(done.stdout)
+    assert done.returncode == (1 if record["is_broken"] else 0)
+    verdicts = {row["name"]: row["verdict"] for row in record["findings"]}
+    assert verdicts["torch"] == "ok"
+    assert verdicts["scheduler"] == "ok"
+    assert "python" in hpcsngd("doctor").stdout
+
+
+def test_doctor_ends_with_1_where_something_is_broken(tmp_path: Path) -> None:
+    site = tmp_path / "gone.yaml"
+    site.write_text("description: d\nscheduler: {kind: local}\nlaunch: {python: /nowhere/python}\n")
+    done = hpcsngd("doctor", "--site", str(site))
+    assert done.returncode == 1
+    assert "broken   torch" in done.stdout

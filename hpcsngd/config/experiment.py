@@ -206,7 +206,148 @@ class HyLo(Strict):
         return self
 
 
-Preconditioner = Annotated[HyLo, Field(discriminator="name")]
+Precision = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class KFAC(Strict):
+    """hpcsngd.optim.KFAC."""
+
+    name: Literal["kfac"]
+    inverse: Literal["eigen", "cholesky"] = "eigen"
+    """Exact damping by eigenvectors, or factored damping by Cholesky."""
+    pi_split: bool = True
+    """Split cholesky's damping between the factors by their mean eigenvalues."""
+    sharing: Literal["expand", "reduce"] = "expand"
+    """Whether positions (pixels, tokens) count one by one, or summed up for each sample."""
+    fisher: Literal["empirical", "mc", "type-2"] = "empirical"
+    """Gradients of the true targets, of drawn ones, or the generalized Gauss-Newton matrix."""
+    mc_samples: int = Field(default=1, ge=1)
+    """Draws per sample for mc; each costs a backward pass at an update of the factors."""
+    damping: Damping = 0.03
+    """Added to the eigenvalues of the Kronecker product: a number, or a decay by epochs."""
+    factor_every: int = Field(default=10, ge=0)
+    """Steps between updates of the factors; 0: none."""
+    inverse_every: int = Field(default=10, ge=0)
+    """Steps between recomputations of the inverses; 0 switches K-FAC off."""
+    factor_decay: float = Field(default=0.95, ge=0, lt=1)
+    """Weight of the old factors in the running average."""
+    bias_correction: bool = True
+    """Correct the running average for its start."""
+    kl_clip: float | None = Field(default=None, gt=0)
+    """Bound on the step in the metric of the curvature; null: none."""
+    rescale: Literal["none", "damping", "norm"] = "none"
+    """Multiply by the damping, or graft the plain gradient's norm, so that one learning rate serves all."""
+    largest_factor: int | None = Field(default=None, ge=1)
+    """Leave layers with a factor of more rows to the optimizer alone; null: none."""
+    factor_dtype: Precision | None = None
+    """Type of the running factors; null: as computed, float32."""
+    inverse_dtype: Precision | None = None
+    """Type of the inverses; null: as computed, float32."""
+    factors: Literal["all", "local"] = "all"
+    """Factors of all ranks' samples, or of one rank's for each layer, which takes no communication."""
+    grad_worker_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Share of the ranks that precondition a layer: 1 all, 0 one of them, or what divides them evenly."""
+    placement_cost: Literal["compute", "memory"] = "compute"
+    """What is evened out over the ranks."""
+    colocate: bool = True
+    """Let one rank hold both factors of a layer."""
+    stagger: bool = False
+    """Update some layers at each step instead of all of them every `inverse_every` steps."""
+    skip: list[str] = Field(default_factory=list)
+    """Regular expressions of module names that are left to the optimizer alone."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> KFAC:
+        if self.mc_samples != 1 and self.fisher != "mc":
+            raise ValueError(f"mc_samples belongs to fisher mc, not {self.fisher}")
+        if not self.pi_split and self.inverse != "cholesky":
+            raise ValueError(f"pi_split belongs to inverse cholesky, not {self.inverse}")
+        if self.factors == "local" and not self.colocate:
+            raise ValueError("factors: local needs colocate: true")
+        if self.stagger and (not self.factor_every or self.inverse_every % self.factor_every):
+            raise ValueError("with stagger, factor_every must divide inverse_every")
+        return self
+
+
+class MFAC(Strict):
+    """hpcsngd.optim.MFAC."""
+
+    name: Literal["mfac"]
+    num_grads: int = Field(default=1024, ge=1)
+    """Gradients in the window."""
+    damping: float = Field(default=1e-4, gt=0)
+    """Added to the eigenvalues of the mean outer product of batch gradients."""
+    storage: Literal["dense", "sparse", "lowrank"] = "dense"
+    """Gradients in full, their largest entries, or factors; the rest is fed back."""
+    scale_rule: Literal["window", "count"] = "window"
+    """Divide the sum of outer products by the window's length, or by the gradients in it."""
+    density: float = Field(default=0.01, gt=0, le=1)
+    """Share of the entries that sparse storage keeps."""
+    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
+    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
+    scope: Literal["block", "layer", "global"] = "block"
+    """Where entries compete for being kept."""
+    block_size: int = Field(default=32_768, ge=1)
+    """Entries of a block; at most 32,768 with 16-bit positions."""
+    feedback: bool = True
+    """Add what was not kept to the next gradient."""
+    low_rank: int = Field(default=1, ge=1)
+    """Rank of lowrank storage."""
+    target: Literal["sent", "gradient"] = "sent"
+    """Precondition what was kept, or the whole gradient."""
+    early: Literal["none", "gradient", "error", "dense"] = "none"
+    """What fills the zeros of the result while a sparse window fills."""
+    feedback_scale: float = Field(default=1.0, gt=0)
+    """Factor of a gradient as it enters the error."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Coupled weight decay: preconditioned, not stored. optimizer.weight_decay is added afterwards."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the preconditioned gradient; null: none."""
+    clip_value: float | None = Field(default=None, gt=0)
+    """Largest entry of the preconditioned gradient; null: none."""
+    skip: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class, that train with their plain gradient."""
+
+
+class GGT(Strict):
+    """hpcsngd.optim.GGT."""
+
+    name: Literal["ggt"]
+    num_grads: int = Field(default=100, ge=1)
+    """Gradients in the window."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the running mean that is preconditioned; 0: the newest gradient."""
+    beta2: float = Field(default=0.999, gt=0, le=1)
+    """Decay of a gradient's weight in the window; at least beta1."""
+    eps: float = Field(default=1e-4, gt=0)
+    """Added to the singular values of the window."""
+    storage: Literal["dense", "sparse"] = "dense"
+    """Gradients in full, or their largest entries; the rest is fed back."""
+    density: float = Field(default=0.01, gt=0, le=1)
+    """Share of the entries that sparse storage keeps."""
+    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
+    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
+    scope: Literal["block", "layer", "global"] = "block"
+    """Where entries compete for being kept."""
+    block_size: int = Field(default=32_768, ge=1)
+    """Entries of a block; at most 32,768 with 16-bit positions."""
+    feedback: bool = True
+    """Add what was not kept to the next gradient."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the preconditioned gradient; null: none."""
+    clip_value: float | None = Field(default=None, gt=0)
+    """Largest entry of the preconditioned gradient; null: none."""
+    skip: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class, that train with their plain gradient."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> GGT:
+        if self.beta2 < self.beta1:
+            raise ValueError(f"beta2 {self.beta2} must be at least beta1 {self.beta1}")
+        return self
+
+
+Preconditioner = Annotated[HyLo | KFAC | MFAC | GGT, Field(discriminator="name")]
 
 
 class Schedule(Strict):
@@ -263,10 +404,14 @@ class Diagnostics(Strict):
     """Seconds by phase, bytes sent, memory by kind."""
     rank_analysis: bool = False
     """Effective matrix rank of the kernels at each refresh."""
+    rank_shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.9], min_length=1)
+    """Shares of the sum of singular values whose rank `rank_analysis` tells."""
     grad_norm: bool = False
     """Gradient norm of each covered layer, every step."""
     grad_error: bool = False
     """Approximate against exact preconditioned gradient, at each refresh."""
+    quantify_every: int = Field(default=0, ge=0)
+    """Steps between measurements of how much is preconditioned (scaling and rotation); 0: never."""
     tensorboard: bool = False
     """TensorBoard event files too (needs the extra `tensorboard`)."""
 

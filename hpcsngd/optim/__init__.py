@@ -9,14 +9,24 @@ from torch import nn
 from hpcsngd.optim.base import Preconditioner as Preconditioner
 from hpcsngd.optim.base import Schedule as Schedule
 from hpcsngd.optim.dropin import PreconditionedSGD as PreconditionedSGD
+from hpcsngd.optim.ggt import GGT as GGT
 from hpcsngd.optim.hybrid import SwitchRule as SwitchRule
 from hpcsngd.optim.hylo import HyLo as HyLo
+from hpcsngd.optim.kfac import KFAC as KFAC
+from hpcsngd.optim.kfac_variants import get_kfac as get_kfac
+from hpcsngd.optim.mfac import MFAC as MFAC
 from hpcsngd.optim.records import LayerCheck as LayerCheck
 from hpcsngd.optim.records import StepRecord as StepRecord
 from hpcsngd.optim.schedules import DampingDecay as DampingDecay
+from hpcsngd.optim.sparsified import TopKFeedback as TopKFeedback
 
 #: Every preconditioner by the name that experiments use.
-PRECONDITIONERS: dict[str, type[Preconditioner]] = {"hylo": HyLo}
+PRECONDITIONERS: dict[str, type[Preconditioner]] = {
+    "hylo": HyLo,
+    "kfac": KFAC,
+    "mfac": MFAC,
+    "ggt": GGT,
+}
 
 
 def get(name: str) -> type[Preconditioner]:

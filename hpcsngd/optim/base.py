@@ -61,6 +61,15 @@ class Preconditioner(ABC):
             lr: learning rate of the coming step.
         """
 
+    def before_backward(self, outputs: Tensor) -> None:  # noqa: B027 - a method may not care
+        """Shows the model's outputs, after each forward pass and before its backward pass.
+
+        Does nothing unless the curvature is made of other gradients than the loss's own.
+
+        Args:
+            outputs: of the model, with their graph, samples first.
+        """
+
     @abstractmethod
     def verify(
         self,
@@ -71,7 +80,7 @@ class Preconditioner(ABC):
         max_entries: int = 2048,
         max_samples: int = 64,
     ) -> tuple[LayerCheck, ...]:
-        """Compares this method with the dense oracle on layers of the user's own model.
+        """Compares this method with the dense oracle on layers of the user's own model, and prints it.
 
         On a copy of the model, in float64 and evaluation mode, the oracle computes each sample's gradient by
         itself, forms the curvature matrix and solves; the method runs on the same copy, with its settings and

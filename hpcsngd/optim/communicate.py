@@ -69,6 +69,73 @@ class Communicator:
         total: list[int] = dist.all_reduce_sum(local).tolist()
         return total
 
+    def sum_floats(self, phase: str, numbers: Sequence[float]) -> list[float]:
+        """Returns the element-wise sum over the ranks, in float64."""
+        if not numbers or self.world_size == 1:
+            return list(numbers)
+        local = torch.tensor(numbers, dtype=torch.float64)
+        self._count(phase, "all_reduce", local.nbytes)
+        total: list[float] = dist.all_reduce_sum(local).tolist()
+        return total
+
+    def sum_tensor(self, phase: str, tensor: Tensor) -> Tensor:
+        """Returns the sum over the ranks."""
+        if self.world_size == 1:
+            return tensor
+        self._count(phase, "all_reduce", tensor.nbytes)
+        return dist.all_reduce_sum(tensor.clone())
+
+    def sum_at_owners(
+        self, phase: str, tensors: Sequence[Tensor], owners: Sequence[int]
+    ) -> list[Tensor | None]:
+        """Returns the sum over the ranks of each tensor on its owner, in rank order; None elsewhere.
+
+        What a rank has of its own does not travel and is not counted.
+
+        Args:
+            phase: what the bytes are counted for.
+            tensors: this rank's, of one dimension and one dtype, alike on every rank but for the numbers.
+            owners: the rank of each.
+        """
+        if self.world_size == 1 or not tensors:
+            return list(tensors)
+        mine = [index for index, owner in enumerate(owners) if owner == self.rank]
+        parts = [tensors[0].new_empty(0)] * self.world_size
+        for target in set(owners) - {self.rank}:
+            parts[target] = torch.cat(
+                [t for t, owner in zip(tensors, owners, strict=True) if owner == target]
+            )
+        lengths = [len(tensors[index]) for index in mine]
+        sizes = [0 if source == self.rank else sum(lengths) for source in range(self.world_size)]
+        self._count(phase, "all_to_all", sum(part.nbytes for part in parts))
+        received = dist.all_to_all(parts, sizes)
+        total = tensors[0].new_zeros(sum(lengths))
+        for source, part in enumerate(received):
+            own = torch.cat([total[:0], *(tensors[index] for index in mine)])
+            total += own if source == self.rank else part
+        result: list[Tensor | None] = [None] * len(tensors)
+        for index, summed in zip(mine, torch.split(total, lengths), strict=True):
+            result[index] = summed
+        return result
+
+    def team(self, teams: Sequence[Sequence[int]]) -> dist.Team:
+        """Returns the team that this rank is in; every rank must call it with the same teams."""
+        return dist.Team((0,)) if self._alone else dist.make_team(teams)
+
+    def gather_in(self, phase: str, team: dist.Team, flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Returns what the ranks of a team have, in their order.
+
+        Args:
+            phase: what the bytes are counted for.
+            team: who takes part.
+            flat: this rank's, of one dimension; equal dtype on all of them.
+            sizes: how many numbers each of them has.
+        """
+        if len(team.ranks) == 1 or not any(sizes):
+            return [flat] * len(team.ranks)
+        self._count(phase, "all_gather", max(sizes) * flat.element_size())
+        return dist.all_gather_rows(flat, sizes, team)
+
     def join_rows(self, phase: str, tensors: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Returns each tensor joined along its first dimension over the ranks, in rank order.
 

@@ -29,10 +29,11 @@ from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.curvature import Sketch
 from hpcsngd.optim.gather import Block, Joined, Usable, agree, join_all, join_blocks, join_chosen, join_scores
-from hpcsngd.optim.kid import Interpolation, interpolate
+from hpcsngd.optim.kid import Interpolation, interpolate_each
 from hpcsngd.optim.placement import Placer
 from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.selection import Draw, RankRule, apportion, draw_rows
+from hpcsngd.optim.stopwatch import Stopwatch
 
 #: A method that a refresh can use; the hybrid one is kid or kis at each.
 Plain = Literal["sngd", "kid", "kis"]
@@ -86,6 +87,7 @@ class Compression:
         damping: float,
         everything: bool,
         placer: Placer,
+        stopwatch: Stopwatch,
     ) -> Batch:
         """Returns the joined batch as ``method`` sees it.
 
@@ -97,6 +99,7 @@ class Compression:
             damping: of the refresh.
             everything: whether to gather the rows that the method does without as well.
             placer: says who gets what.
+            stopwatch: counts what is computed, between exchanges, as phase ``factorise``.
         """
         usable = agree(communicator, local)
         faults = usable.faults
@@ -107,10 +110,11 @@ class Compression:
             joined = join_all(communicator, usable, placer)
         rows, owners = joined.rows, joined.owners
         if is_local:
-            sketches, failed = self._gather_blocks(communicator, usable, damping)
+            sketches, failed = self._gather_blocks(communicator, usable, damping, stopwatch)
             faults = {**faults, **failed}
         elif everything or not is_drawn:
-            sketches = {name: self.sketch(method, name, all_, step, damping) for name, all_ in rows.items()}
+            with stopwatch.phase("factorise"):
+                sketches = self.sketches(method, rows, step, damping)
         else:
             sketches, owners = self._gather_drawn(communicator, usable, step, placer)
         samples = {name: count for name, count in usable.samples().items() if name not in faults}
@@ -118,33 +122,65 @@ class Compression:
 
     def sketch(self, method: Plain, layer: str, rows: Rows, step: int, damping: float) -> Sketch | None:
         """Returns what ``method`` makes of all rows of one layer; None for a kernel that is not finite."""
-        count = len(rows)
+        return self.sketches(method, {layer: rows}, step, damping)[layer]
+
+    def sketches(
+        self, method: Plain, rows: Mapping[str, Rows], step: int, damping: float
+    ) -> dict[str, Sketch | None]:
+        """Returns `sketch` of every layer; KID looks for the pivots of layers with equal sizes together."""
+        if method == "kid":
+            return self._interpolated_sketches(rows, damping)
         if method == "sngd":
-            return Sketch(rows, count, count)
-        if method == "kis":
-            scores = rows.scores()
-            draw = self._draw(layer, scores, step)
-            return self._drawn_sketch(rows.take(draw.rows), draw, scores)
-        found = self._interpolate(rows, None, count, damping)
-        if found is None:
-            return None
-        kept = rows.take(found.kept)
-        return Sketch(kept, count, count, found.mixing, _mean_left_out(found.left_out, kept, count))
+            return {name: Sketch(all_, len(all_), len(all_)) for name, all_ in rows.items()}
+        found: dict[str, Sketch | None] = {}
+        for name, all_ in rows.items():
+            scores = all_.scores()
+            draw = self._draw(name, scores, step)
+            found[name] = self._drawn_sketch(all_.take(draw.rows), draw, scores)
+        return found
+
+    def _interpolated_sketches(self, rows: Mapping[str, Rows], damping: float) -> dict[str, Sketch | None]:
+        counts = {name: len(all_) for name, all_ in rows.items()}
+        sketches: dict[str, Sketch | None] = {}
+        for name, found in self._interpolate(rows, {}, counts, damping).items():
+            sketches[name] = None
+            if found is not None:
+                kept, count = rows[name].take(found.kept), counts[name]
+                left_out = _mean_left_out(found.left_out, kept, count)
+                sketches[name] = Sketch(kept, count, count, found.mixing, left_out)
+        return sketches
 
     def _interpolate(
-        self, rows: Rows, keep: int | None, samples: int, damping: float
-    ) -> Interpolation | None:
+        self, rows: Mapping[str, Rows], keep: Mapping[str, int], samples: Mapping[str, int], damping: float
+    ) -> dict[str, Interpolation | None]:
+        """Returns the interpolation of every layer's rows.
+
+        Args:
+            rows: by layer.
+            keep: how many to keep, where the rule does not say.
+            samples: N by layer.
+            damping: of the refresh.
+        """
         # In float64 whatever the rows are: what remains after a few pivots is a difference of large numbers,
         # and its rounding enters F by its square root.
-        kernel = rows.double().gram()
-        if not bool(kernel.isfinite().all()):
-            return None
-        if keep is None:
-            is_by_share = self.rule.name == "share"
-            spectrum = torch.linalg.eigvalsh(kernel) if is_by_share else kernel.diagonal()
-            keep = self.rule.rows(len(kernel), spectrum)
-        found = interpolate(kernel, keep, samples=samples, damping=damping, residual=self.residual)
-        return found and found.to(rows.tensors[0])
+        kernels = {name: all_.double().gram() for name, all_ in rows.items()}
+        ranks = [keep[name] if name in keep else self._rank(kernel) for name, kernel in kernels.items()]
+        found = interpolate_each(
+            list(kernels.values()),
+            ranks,
+            samples=[samples[name] for name in kernels],
+            damping=damping,
+            residual=self.residual,
+        )
+        return {name: each and each.to(rows[name].tensors[0]) for name, each in zip(rows, found, strict=True)}
+
+    def _rank(self, kernel: Tensor) -> int:
+        """Returns how many pivots the rule asks for; none of a kernel that is not finite."""
+        if self.rule.name != "share":
+            return self.rule.rows(len(kernel), kernel.diagonal())
+        return (
+            self.rule.rows(len(kernel), torch.linalg.eigvalsh(kernel)) if bool(kernel.isfinite().all()) else 0
+        )
 
     def _draw(self, layer: str, scores: Tensor, step: int) -> Draw:
         # KIS sees no kernel. Its diagonal stands for the spectrum: it has the same sum, and by majorization
@@ -172,20 +208,11 @@ class Compression:
         }, kept.owners
 
     def _gather_blocks(
-        self, communicator: Communicator, usable: Usable, damping: float
+        self, communicator: Communicator, usable: Usable, damping: float, stopwatch: Stopwatch
     ) -> tuple[dict[str, Sketch | None], dict[str, str]]:
         samples = usable.samples()
-        local: dict[str, Block | None] = {}
-        for layer, (name, rows) in enumerate(usable.rows.items()):
-            keep = None
-            if self.rule.low_rank is not None:
-                shares = apportion(self.rule.low_rank, [of_rank[layer] for of_rank in usable.counts])
-                keep = shares[communicator.rank]
-            found = self._interpolate(rows, keep, samples[name], damping)
-            local[name] = None
-            if found is not None:
-                kept = rows.take(found.kept)
-                local[name] = Block(kept, found.mixing, found.left_out.reshape(1))
+        with stopwatch.phase("factorise"):
+            local = self._blocks(usable, communicator.rank, damping)
         joined, failed = join_blocks(communicator, local)
         return {
             name: Sketch(
@@ -197,6 +224,21 @@ class Compression:
             )
             for name, block in joined.items()
         }, failed
+
+    def _blocks(self, usable: Usable, rank: int, damping: float) -> dict[str, Block | None]:
+        """Returns what this rank keeps of its own rows; None for a kernel that is not finite."""
+        keep = {}
+        if self.rule.low_rank is not None:
+            for layer, name in enumerate(usable.rows):
+                counts = [of_rank[layer] for of_rank in usable.counts]
+                keep[name] = apportion(self.rule.low_rank, counts)[rank]
+        local: dict[str, Block | None] = {}
+        for name, found in self._interpolate(usable.rows, keep, usable.samples(), damping).items():
+            local[name] = None
+            if found is not None:
+                kept = usable.rows[name].take(found.kept)
+                local[name] = Block(kept, found.mixing, found.left_out.reshape(1))
+        return local
 
 
 def _mean_left_out(trace: Tensor, kept: Rows, samples: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias, get_args
 
 from torch import nn
@@ -15,16 +15,39 @@ Skip: TypeAlias = "str | type[nn.Module]"
 
 
 def find_layers(model: nn.Module, skip: Sequence[Skip] = ()) -> tuple[list[Layer], dict[str, str]]:
-    """Returns the covered layers in module order, and for every other module with parameters why it is not.
+    """Returns the layers made of a matrix in module order, and why every other module is not covered.
+
+    Arguments and errors are those of `find_modules`.
+    """
+    modules, skipped = find_modules(model, skip, get_args(CoveredModule))
+    layers = [
+        Layer(name, module, has_trained_bias(module))
+        for name, module in modules.items()
+        if isinstance(module, CoveredModule)
+    ]
+    return layers, skipped
+
+
+def has_trained_bias(module: nn.Module) -> bool:
+    """Returns whether the module has a bias that is not frozen."""
+    bias = getattr(module, "bias", None)
+    return isinstance(bias, nn.Parameter) and bias.requires_grad
+
+
+def find_modules(
+    model: nn.Module, skip: Sequence[Skip], kinds: Collection[type[nn.Module]]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Returns the covered modules in module order, and for every other one with parameters why it is not.
 
     Args:
         model: the model, not wrapped.
         skip: what not to cover. A string is a regular expression that is found anywhere in a module's name,
             or exactly the name of its class; a class stands for its instances. Modules inside a skipped
             one are skipped as well.
+        kinds: exact classes of the modules that can be covered.
 
     Raises:
-        ValueError: an entry matches no module, or no layer is left to cover.
+        ValueError: an entry matches no module, or no module is left to cover.
     """
     modules = dict(model.named_modules())
     _check_skip(skip, modules)
@@ -32,19 +55,35 @@ def find_layers(model: nn.Module, skip: Sequence[Skip] = ()) -> tuple[list[Layer
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    layers, skipped = [], {}
+    covered, skipped = {}, {}
     for name, module in modules.items():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
-        reason = _reason_to_skip(name, modules, skip, owners)
-        if reason is None and isinstance(module, CoveredModule):
-            bias = module.bias
-            layers.append(Layer(name, module, bias is not None and bias.requires_grad))
+        reason = _reason_to_skip(name, modules, skip, owners, kinds)
+        if reason is None:
+            covered[name] = module
         else:
-            skipped[name] = reason or "not supported"
-    if not layers:
+            skipped[name] = reason
+    if not covered:
         raise ValueError(f"no layer to precondition; skipped: {skipped}")
-    return layers, skipped
+    return covered, skipped
+
+
+def matching_modules(model: nn.Module, skip: Sequence[Skip]) -> dict[str, str]:
+    """Returns for every module inside what ``skip`` names, or named itself, the entry that matched.
+
+    Raises:
+        ValueError: an entry matches no module.
+    """
+    modules = dict(model.named_modules())
+    _check_skip(skip, modules)
+    found = {}
+    for name in modules:
+        lineage = [(part, modules[part]) for part in _lineage(name)]
+        matching = [_shown(entry) for entry in skip if any(_matches(entry, *item) for item in lineage)]
+        if matching:
+            found[name] = matching[0]
+    return found
 
 
 def _check_skip(skip: Sequence[Skip], modules: Mapping[str, nn.Module]) -> None:
@@ -66,12 +105,16 @@ def _shown(entry: Skip) -> str:
 
 
 def _reason_to_skip(
-    name: str, modules: Mapping[str, nn.Module], skip: Sequence[Skip], owners: dict[int, list[str]]
+    name: str,
+    modules: Mapping[str, nn.Module],
+    skip: Sequence[Skip],
+    owners: dict[int, list[str]],
+    kinds: Collection[type[nn.Module]],
 ) -> str | None:
     """Returns why the module called ``name`` is left to the base optimizer; None if it is covered."""
     module = modules[name]
     # A subclass may compute something else in its forward (or never be called, as inside attention).
-    if type(module) not in get_args(CoveredModule):
+    if type(module) not in kinds:
         return f"{type(module).__name__} is not supported"
     lineage = {part: modules[part] for part in _lineage(name)}
     matching = [_shown(entry) for entry in skip if any(_matches(entry, *item) for item in lineage.items())]

@@ -99,7 +99,14 @@ class SampleCurvature:
 
     def solve(self, grad: Tensor) -> Tensor:
         """Returns ``(F + damping I)^-1 grad``, its complement scaled, for a matrix ``(d_out, d_in)``."""
-        t = self.rows.project(grad).unsqueeze(1)
+        return self.apply(grad, self.project(grad))
+
+    def project(self, grad: Tensor) -> Tensor:
+        """Returns ``U grad``, the gradient in sample space, shape ``(r, 1)``."""
+        return self.rows.project(grad).unsqueeze(1)
+
+    def apply(self, grad: Tensor, t: Tensor) -> Tensor:
+        """Returns `solve` of ``grad``, given its projection ``t``."""
         mixed = t if self.mixing is None else self.mixing.T @ t
         y = torch.cholesky_solve(mixed, self.factor)
         y = y if self.mixing is None else self.mixing @ y

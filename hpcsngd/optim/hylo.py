@@ -2,7 +2,8 @@
 
 Source: Mu, Soori, Can, Gurbuzbalaban, Mehri Dehnavi, "HyLo: A Hybrid Low-Rank Natural Gradient Descent
 Method", SC 2022. The formulas are in `hpcsngd.optim.linalg`, `curvature` and `kid`; what is captured in
-`hpcsngd.optim.capture`; which rows travel, and how many bytes, in `hpcsngd.optim.compress`.
+`hpcsngd.optim.capture`; which rows travel, and how many bytes, in `hpcsngd.optim.compress`; arguments and
+their checks in `hpcsngd.optim.options`; a refresh in `hpcsngd.optim.refresh`.
 
 Ranks. For each layer, either every rank gathers the rows and solves for itself, or one rank does and sends
 the preconditioned gradient at every step: `hpcsngd.optim.placement` states the bytes of both and chooses.
@@ -12,13 +13,11 @@ Layers of equal shape are solved together (`hpcsngd.optim.stacks`).
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,39 +27,27 @@ from hpcsngd import dist
 from hpcsngd.optim import verify
 from hpcsngd.optim.base import Preconditioner, Schedule
 from hpcsngd.optim.calendar import Calendar
-from hpcsngd.optim.calls import ConvMode, MisalignedError
+from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
-from hpcsngd.optim.checks import (
-    at_least_one_step,
-    check_choice,
-    check_method,
-    check_placement,
-    needs_every_kernel,
-    positive,
-    switch_rule,
-)
+from hpcsngd.optim.checks import check_progress
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.compare import Comparison
-from hpcsngd.optim.compress import Batch, Compression, Plain, Scope
+from hpcsngd.optim.compress import Plain, Scope
 from hpcsngd.optim.covering import Skip, find_layers
-from hpcsngd.optim.curvature import Complement, SampleCurvature, build_all
-from hpcsngd.optim.hybrid import Switch, SwitchRule
-from hpcsngd.optim.layers import Layer
-from hpcsngd.optim.observe import Observer
-from hpcsngd.optim.owners import Owners
-from hpcsngd.optim.placement import Placement, Placer, refresh_cost
-from hpcsngd.optim.records import Communication, Fallback, Kept, LayerCheck, Memory, PhaseTime, StepRecord
-from hpcsngd.optim.rows import Rows
+from hpcsngd.optim.curvature import Complement
+from hpcsngd.optim.gradients import KlClip, Rescale, gradient_matrices, rescaled, write_gradients
+from hpcsngd.optim.held import Curvatures
+from hpcsngd.optim.hybrid import SwitchRule
+from hpcsngd.optim.observe import SHARES, Observer
+from hpcsngd.optim.options import Method, Options, damping_at
+from hpcsngd.optim.placement import Placement
+from hpcsngd.optim.records import Communication, LayerCheck, Memory, PhaseTime, StepRecord
+from hpcsngd.optim.refresh import Moment, Outcome, Refresher, spread_refreshes
+from hpcsngd.optim.samplescale import LossReduction, SampleScale
 from hpcsngd.optim.schedules import DampingDecay
-from hpcsngd.optim.selection import RankRule
-from hpcsngd.optim.stacks import Solved, Stacks
+from hpcsngd.optim.stacks import Solved
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
-
-Method = Literal["sngd", "kid", "kis", "hybrid"]
-LossReduction = Literal["mean", "sum"]
-Rescale = Literal["none", "damping", "norm"]
 
 _STATE_FORMAT = "hylo/3"
 
@@ -73,16 +60,8 @@ class HyLo(Preconditioner):
     means the same for any batch size, number of ranks, accumulation and loss reduction. A sample is an entry
     of the first dimension of a layer's input.
 
-    The scale of samples. Captured output gradients are those of the loss given to ``backward()``. The default
-    turns them into gradients of each sample's own loss as follows; ``step(sample_scale=...)`` overrides it.
-
-    * ``"mean"``: the loss is the mean over the micro-batch, divided by ``accumulation_steps``; the factor is
-      rows in the micro-batch times ``accumulation_steps``. DistributedDataParallel averages parameter
-      gradients and leaves output gradients alone, so the number of ranks does not enter.
-    * ``"sum"``: the loss is the sum over the samples; the factor is 1. The gradient is then a sum as well and
-      its preconditioned form grows with the number of samples.
-    * A loop that weighs samples exactly over uneven ranks, ``loss = sum(own losses) * ranks / N`` for every
-      micro-batch, says ``sample_scale = N / ranks``.
+    Captured output gradients are turned into gradients of each sample's own loss by ``loss_reduction`` and
+    ``accumulation_steps``, or by ``step(sample_scale=...)``: `hpcsngd.optim.samplescale` states how.
 
     Where a sample has several positions (pixels of a convolution, tokens of a Linear, calls of a layer used
     more than once) ``conv_mode`` says what stands for its gradient ``sum_s g_s x_s^T``:
@@ -161,8 +140,9 @@ class HyLo(Preconditioner):
             kernels or errors. With owners, every rank must call `state_dict`, and layers must have their
             gradients on all ranks alike, as DistributedDataParallel leaves them.
         communicator: does the exchange with other ranks; default: with all of them.
-        profile: whether to time the phases (waits for the GPU at each).
+        profile: whether to time the phases and measure memory (waits for the GPU once a step).
         observe: any of ``"rank_analysis"``, ``"grad_norm"``, ``"grad_error"``; see `hpcsngd.optim.records`.
+        rank_shares: shares of the sum of singular values whose matrix rank ``rank_analysis`` tells.
 
     Raises:
         ValueError: an argument out of its range, or no layer to cover.
@@ -196,63 +176,53 @@ class HyLo(Preconditioner):
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
+        rank_shares: Sequence[float] = SHARES,
     ) -> None:
-        check_choice("method", method, get_args(Method))
-        check_choice("kid_scope", kid_scope, get_args(Scope))
-        check_choice("complement", complement, get_args(Complement))
-        check_choice("conv_mode", conv_mode, get_args(ConvMode))
-        check_choice("placement", placement, get_args(Placement))
-        check_placement(placement, kid_scope, observe)
-        check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
-        check_choice("rescale", rescale, get_args(Rescale))
-        rule = RankRule(ratio, low_rank, share)
-        check_method(method, rule, has_switch=switch is not None)
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps={accumulation_steps}: must be at least 1")
-        self._method, self._rescale, self._complement = method, rescale, complement
-        self._damping_schedule = DampingDecay(**damping) if isinstance(damping, Mapping) else damping
-        self._kl_clip, self._conv_mode = kl_clip, conv_mode
-        self._loss_reduction, self._accumulation_steps = loss_reduction, accumulation_steps
-        self._compression = Compression(rule, residual, unbiased, kid_scope, seed)
-        self._switch = Switch(switch_rule(switch)) if method == "hybrid" else None
-        self._step, self._failures, self._decisions_told = 0, 0, 0
-        self._progress: tuple[float, float] | None = None
-        self._damping = self._damping_at(0.0)
-        self._used: Plain = self._method_now
-        if kl_clip is not None:
-            positive("kl_clip", kl_clip, 0)
-        self._model = model.module if isinstance(model, DistributedDataParallel) else model
-        self._layers, self.skipped = find_layers(self._model, skip)
-        self._observer = Observer(observe)
-        self._calendar = Calendar([x.name for x in self._layers], refresh_every, stagger=stagger)
-        self._stopwatch = Stopwatch(profile)
-        self._communicator = communicator or Communicator()
-        self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
-        self._placement: Placement = "replicate" if needs_every_kernel(observe) else placement
-        self._refresh_every = refresh_every
-        self._owners = Owners(self._communicator)
-        # Of the layers that are solved here; those solved here for all ranks are stacked by themselves.
-        self._curvature: dict[str, SampleCurvature] = {}
-        self._stacks, self._owned_stacks = Stacks(), Stacks()
-        self._comparison = Comparison()
-        self._kept: tuple[Kept, ...] = ()
-        self._record = StepRecord(0, False, self._damping, 0, method=self._used)
-        self._closed = self._told_accumulation = False
-        # What `verify` builds on a copy of the model: the same method, by itself.
-        self._build_alike: Callable[..., HyLo] = partial(
-            type(self),
+        options = Options(
+            method=method,
+            damping=damping,
+            refresh_every=refresh_every,
+            stagger=stagger,
             ratio=ratio,
             low_rank=low_rank,
             share=share,
             unbiased=unbiased,
             residual=residual,
+            kid_scope=kid_scope,
+            switch=switch,
             complement=complement,
+            kl_clip=kl_clip,
             conv_mode=conv_mode,
             skip=skip,
             loss_reduction=loss_reduction,
+            accumulation_steps=accumulation_steps,
+            rescale=rescale,
+            dtype=dtype,
             seed=seed,
-            communicator=Communicator(alone=True),
+            placement=placement,
+            observe=observe,
         )
+        self._switch, self._kl_clip = options.new_switch(), KlClip(kl_clip)
+        self._damping_schedule = options.damping_schedule()
+        self._scale = SampleScale(loss_reduction, accumulation_steps)
+        self._options = options
+        self._progress: tuple[float, float] | None = None
+        self._step, self._failures, self._decisions_told = 0, 0, 0
+        self._damping, self._used = damping_at(self._damping_schedule, 0.0, 0), self._method_now
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._layers, self.skipped = find_layers(self._model, skip)
+        self._stopwatch, self._observer = Stopwatch(profile), Observer(observe, rank_shares)
+        self._calendar = Calendar([x.name for x in self._layers], refresh_every, stagger=stagger)
+        self._communicator = communicator or Communicator()
+        self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
+        self._curvature = Curvatures(
+            self._layers, self._communicator, self._capture.rows_dtype, self._stopwatch
+        )
+        self._refresher = Refresher(
+            options, self._communicator, self._curvature, self._observer, self._stopwatch
+        )
+        self._record = StepRecord(0, False, self._damping, 0, method=self._used)
+        self._closed, self._profile = False, profile
         if self.skipped and dist.rank() == 0:
             text = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             logger.info("left to the base optimizer: %s", text)
@@ -267,8 +237,7 @@ class HyLo(Preconditioner):
         Raises:
             ValueError: a number is negative or not finite.
         """
-        if not (0 <= epoch < math.inf and 0 <= lr < math.inf):
-            raise ValueError(f"epoch={epoch}, lr={lr}: must be finite and not negative")
+        check_progress(epoch, lr)
         self._progress = (float(epoch), float(lr))
         if self._switch is not None:
             self._switch.advance(self._step, epoch, lr, partial(self._communicator.from_first, "switch"))
@@ -288,19 +257,16 @@ class HyLo(Preconditioner):
         """
         if self._closed:
             raise RuntimeError("this preconditioner is closed")
-        for name, scale in (("sample_scale", sample_scale), ("grad_scale", grad_scale)):
-            if scale is not None and not (math.isfinite(scale) and scale > 0):
-                raise ValueError(f"{name}={scale}: must be positive")
+        self._scale.check(sample_scale, grad_scale)
         self._check_progress()
-        refreshed = False
-        fallbacks: tuple[Fallback, ...] = ()
+        outcome = Outcome(happened=False)
         with torch.no_grad(), torch.autocast(self._layers[0].module.weight.device.type, enabled=False):
             if self._capture.enabled:
-                refreshed, fallbacks = self._refresh(sample_scale, grad_scale)
-            self._clip(self._precondition())
+                outcome = self._refresh(sample_scale, grad_scale)
+            self._precondition()
         self._step += 1
         self._capture.due = frozenset(self._calendar.due(self._step))
-        self._record = self._make_record(refreshed, fallbacks)
+        self._record = self._make_record(outcome)
 
     def verify(
         self,
@@ -311,49 +277,36 @@ class HyLo(Preconditioner):
         max_entries: int = 2048,
         max_samples: int = 64,
     ) -> tuple[LayerCheck, ...]:
-        """Compares this method with the dense oracle on layers of the user's own model.
+        """Compares this method with the dense oracle, see `Preconditioner.verify`.
 
         The truth is the exact per-sample gradient, so that the error contains what ``conv_mode`` and a
         compressed method leave out; for SNGD in mode ``exact``, and on layers without positions in any mode,
-        it is rounding alone. ``rescale`` and ``kl_clip`` are left out. See `Preconditioner.verify` for
-        arguments and result.
+        it is rounding alone. ``rescale`` and ``kl_clip`` are left out.
         """
-        model = copy.deepcopy(self._model).double().eval()
-        model.zero_grad()
-        inputs, targets = (
-            tensor[:max_samples].double() if tensor.is_floating_point() else tensor[:max_samples]
-            for tensor in batch
+        options = self._options.on_a_copy(self._method_now, self._damping)
+        data = (batch[0][:max_samples], batch[1][:max_samples])
+        return verify.check_on_a_copy(
+            verify.Problem(self._model, self._layers, data, loss),
+            partial(type(self), **options, communicator=Communicator(alone=True)),
+            lambda copies: verify.choose_layers(copies, layers, max_entries),
         )
-        devices = [inputs.device] if inputs.device.type == "cuda" else []
-        modules: dict[str, Any] = dict(model.named_modules())
-        copies = [replace(layer, module=modules[layer.name]) for layer in self._layers]
-        reasons = verify.choose_layers(copies, layers, max_entries)
-        with torch.random.fork_rng(devices):
-            alike = self._build_alike(model, method=self._method_now, damping=self._damping)
-            checks = verify.check(alike, verify.Problem(model, copies, (inputs, targets), loss), reasons)
-        if dist.rank() == 0:
-            logger.info("compared with the dense oracle:\n%s", "\n".join(map(str, checks)))
-        return checks
 
     def state_dict(self) -> dict[str, Any]:
         """Returns step, progress, seed, damping, the switch, and every layer's rows and factors.
 
         Every rank must call it: layers with an owner come from there.
         """
-        layers = self._owners.all_states({name: c.state_dict() for name, c in self._curvature.items()})
         return {
             "format": _STATE_FORMAT,
             "step": self._step,
             "calendar": self._calendar.state_dict(),
             "progress": self._progress,
-            "seed": self._compression.seed,
+            "seed": self._refresher.compression.seed,
             "damping": self._damping,
             "method": self._used,
             "failures": self._failures,
             "switch": None if self._switch is None else self._switch.state_dict(),
-            "ranks": self._communicator.world_size,
-            "owners": dict(self._owners.ranks),
-            "layers": {layer.name: layers[layer.name] for layer in self._layers if layer.name in layers},
+            **self._curvature.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -366,33 +319,20 @@ class HyLo(Preconditioner):
         """
         if state.get("format") != _STATE_FORMAT:
             raise ValueError(f"state has format {state.get('format')!r}; this is {_STATE_FORMAT!r}")
-        layers = {layer.name: layer for layer in self._layers}
-        unknown = sorted(set(state["layers"]) - set(layers))
-        if unknown:
-            raise ValueError(f"state has layers that are not covered here: {', '.join(unknown)}")
-        # On as many ranks as before, owners go on; on any other number every rank has everything for now.
-        is_alike = state["ranks"] == self._communicator.world_size
-        self._owners.ranks = dict(state["owners"]) if is_alike else {}
-        self._curvature = {
-            name: loaded
-            for name, saved in state["layers"].items()
-            if (loaded := self._load_layer(layers[name], saved))
-            and (name not in self._owners.ranks or self._owners.is_here(name))
-        }
-        self._stack()
-        self._comparison.clear()
-        self._kept = ()
+        self._curvature.load_state_dict(state)
+        self._refresher.comparison.clear()
         self._step = state["step"]
         self._calendar.load_state_dict(state["calendar"])
         self._progress = None if state["progress"] is None else tuple(state["progress"])
-        self._compression = replace(self._compression, seed=state["seed"])
+        self._refresher.compression = replace(self._refresher.compression, seed=state["seed"])
         self._damping, self._failures, self._used = state["damping"], state["failures"], state["method"]
         if self._switch is not None and state["switch"] is not None:
-            self._switch.load_state_dict(state["switch"], {name: self._like(layers[name]) for name in layers})
+            like = {layer.name: self._curvature.like(layer.name) for layer in self._layers}
+            self._switch.load_state_dict(state["switch"], like)
             self._decisions_told = len(self._switch.history)
         self._capture.clear()
         self._capture.due = frozenset(self._calendar.due(self._step))
-        self._record = self._make_record(refreshed=False, fallbacks=())
+        self._record = self._make_record(Outcome(happened=False))
 
     def diagnostics(self) -> StepRecord:
         """Returns the record of the latest step."""
@@ -401,175 +341,60 @@ class HyLo(Preconditioner):
     def close(self) -> None:
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
         self._capture.close()
-        self._curvature, self._owners.ranks = {}, {}
-        self._stack()
-        self._comparison.clear()
+        self._curvature.clear()
+        self._refresher.comparison.clear()
         self._closed = True
 
     @property
     def _method_now(self) -> Plain:
         """Returns the method of a refresh that happened now."""
-        if self._method == "hybrid":
+        if self._options.method == "hybrid":
             return "kid" if self._switch is None or self._switch.is_critical else "kis"
-        return self._method
+        return self._options.method
 
-    def _refresh(self, sample_scale: float | None, grad_scale: float) -> tuple[bool, tuple[Fallback, ...]]:
-        """Recomputes the curvature from the captured rows; returns whether there were any, and failures."""
-        damping = self._damping_at(self._progress[0] if self._progress else None)
-        self._check_accumulation(sample_scale)
+    def _refresh(self, sample_scale: float | None, grad_scale: float) -> Outcome:
+        """Recomputes the curvature from the captured rows."""
+        epoch = self._progress[0] if self._progress else None
+        now = Moment(self._step, self._method_now, damping_at(self._damping_schedule, epoch, self._step))
+        self._scale.check_accumulation(sample_scale, self._capture.micro_batches)
         with self._stopwatch.phase("capture"):
-            local = self._capture.take(partial(self._own_loss_scale, sample_scale, grad_scale))
+            local = self._capture.take(self._scale.factor(sample_scale, grad_scale))
         if self._calendar.wants_costs:
-            self._spread_refreshes(local)
-        with self._stopwatch.phase("gather"):
-            batch = self._compression.gather(
-                self._communicator,
-                local,
-                self._method_now,
-                step=self._step,
-                damping=damping,
-                everything=self._observer.wants_exact,
-                placer=Placer(
-                    self._placement,
-                    self._communicator.world_size,
-                    at_least_one_step(self._refresh_every, self._step),
-                ),
-            )
-        if not batch.samples and not batch.faults:
-            return False, ()
-        self._used = self._method_now
-        with self._stopwatch.phase("factorise"):
-            faults = {**batch.faults, **self._factorise(batch, damping)}
-        if self._observer.wants_exact:
-            with self._stopwatch.phase("observe"):
-                self._factorise_to_compare(batch, damping)
-        self._damping = damping
-        self._calendar.refreshed(self._step)
-        self._failures += len(faults)
-        return True, tuple(self._fall_back(name, reason) for name, reason in faults.items())
+            layers = {layer.name: layer for layer in self._layers}
+            exact = self._options.conv_mode == "exact"
+            spread_refreshes(self._calendar, self._capture, self._communicator, local, layers, exact=exact)
+        outcome = self._refresher.refresh(local, now)
+        if outcome.happened:
+            self._used, self._damping = now.method, now.damping
+            self._calendar.refreshed(self._step)
+            self._failures += len(outcome.fallbacks)
+        return outcome
 
-    def _spread_refreshes(self, local: Mapping[str, Rows | MisalignedError]) -> None:
-        """Tells the calendar what the layers cost, once there are rows: from the joined batch's sizes."""
-        counts = [len(rows) if isinstance(rows, Rows) else 0 for rows in local.values()]
-        reads = [self._capture.reads.get(name, (0, 0)) for name in local]
-        flat = [number for count, pair in zip(counts, reads, strict=True) for number in (count, *pair)]
-        sums = self._communicator.sum_numbers("stagger", flat)
-        if any(sums[::3]):
-            exact = self._conv_mode == "exact"
-            self._calendar.set_costs(
-                {
-                    layer.name: refresh_cost(layer, *sums[3 * i : 3 * i + 3], exact=exact)
-                    for i, layer in enumerate(self._layers)
-                }
-            )
-
-    def _factorise(self, batch: Batch, damping: float) -> dict[str, str]:
-        """Replaces the curvature of every layer that has rows; returns where that failed, and why."""
-        sketches = {name: sketch for name, sketch in batch.sketches.items() if sketch is not None}
-        kernels = [sketch.kernel() for sketch in sketches.values()]
-        curvatures = build_all(list(sketches.values()), kernels, damping, self._complement)
-        found = dict(zip(sketches, curvatures, strict=True))
-        # None for a failure here; layers owned elsewhere are their owners' to judge.
-        built = {name: found.get(name) for name in batch.sketches}
-        with self._stopwatch.phase("observe"):
-            for name, kernel in zip(sketches, kernels, strict=True):
-                if built[name] is not None:
-                    self._observer.kernel(name, kernel, damping)
-        # The same rows on unlike hardware may fail on one rank only: one rank's failure is everybody's.
-        failures = [int(name in built and built[name] is None) for name in batch.samples]
-        kept = [len(sketches[name].rows) if name in sketches else 0 for name in batch.owners]
-        sums = self._communicator.sum_numbers("factorise", [*failures, *kept])
-        failed = [name for name, ranks in zip(batch.samples, sums, strict=False) if ranks]
-        for name in batch.samples:
-            if name not in failed:
-                self._replace(name, built.get(name), batch.owners.get(name))
-        self._stack()
-        sizes = {name: len(sketch.rows) for name, sketch in sketches.items()}
-        sizes.update(zip(batch.owners, sums[len(failures) :], strict=True))
-        self._kept = tuple(
-            Kept(self._step + 1, name, self._used, self._compression.rule.name, batch.samples[name], size)
-            for name, size in sizes.items()
-            if size and self._used != "sngd"
-        )
-        return dict.fromkeys(failed, "kernel is not positive definite")
-
-    def _replace(self, name: str, new: SampleCurvature | None, owner: int | None) -> None:
-        """Takes over a layer's new curvature; None where its owner has it."""
-        self._owners.assign(name, owner)
-        if new is None:
-            self._curvature.pop(name, None)
-        else:
-            self._curvature[name] = new
-
-    def _stack(self) -> None:
-        """Stacks the curvatures, always in the order of the layers."""
-        names = [layer.name for layer in self._layers if layer.name in self._curvature]
-        owned = [name for name in names if self._owners.is_here(name)]
-        shared = [name for name in names if name not in owned]
-        self._curvature = {
-            **self._stacks.update({name: self._curvature[name] for name in shared}),
-            **self._owned_stacks.update({name: self._curvature[name] for name in owned}),
-        }
-
-    def _is_covered(self, name: str) -> bool:
-        """Returns whether some rank has a curvature of the layer."""
-        return name in self._curvature or name in self._owners.ranks
-
-    def _factorise_to_compare(self, batch: Batch, damping: float) -> None:
-        """Keeps the exact curvature of the same batch, and that of the other of KID and KIS."""
-
-        def build(name: str, method: Plain) -> SampleCurvature | None:
-            sketch = self._compression.sketch(method, name, batch.everything[name], self._step, damping)
-            if sketch is None:
-                return None
-            return SampleCurvature.build(sketch, sketch.kernel(), damping, self._complement)
-
-        compressed: tuple[Plain, ...] = () if self._method == "sngd" else ("kid", "kis")
-        self._comparison.refresh(batch, [method for method in compressed if method != self._used], build)
-
-    def _fall_back(self, name: str, reason: str) -> Fallback:
-        if dist.rank() == 0:
-            instead = "last good curvature" if self._is_covered(name) else "plain gradient"
-            logger.warning("step %d, layer %s: %s; using its %s", self._step + 1, name, reason, instead)
-        return Fallback(self._step + 1, name, reason)
-
-    def _precondition(self) -> list[Tensor]:
-        """Overwrites the gradients of layers that have a curvature; returns v . g where kl_clip wants it."""
-        gradients = {layer: found for layer in self._layers if (found := _gradients(layer))}
-        products = []
+    def _precondition(self) -> None:
+        """Overwrites the gradients of layers that have a curvature."""
         with self._stopwatch.phase("precondition"):
-            grads = {
-                layer.name: layer.to_matrix(found).to(self._capture.rows_dtype(layer))
-                for layer, found in gradients.items()
-            }
+            grads = gradient_matrices(self._layers, self._capture.rows_dtype)
             if self._switch is not None:
                 for name, grad in grads.items():
                     self._switch.add(name, grad)
-            solved = self._stacks.solve(grads)
-            rescaled: dict[str, Tensor] = {}
+            solved = self._curvature.solve(grads)
+            results: dict[str, Tensor] = {}
             for group in solved:
                 matrices = self._rescaled(group)
-                rescaled.update(zip(group.names, matrices, strict=True))
-                if self._kl_clip is not None:
-                    products.append((matrices * group.grads).sum(dtype=torch.float64))
-            sent = self._from_owners(grads)
-            rescaled.update(sent)
-            if self._kl_clip is not None:
-                products += [(sent[name] * grads[name]).sum(dtype=torch.float64) for name in sent]
-            for layer, found in gradients.items():
-                if layer.name in rescaled:
-                    for gradient, piece in zip(found, layer.from_matrix(rescaled[layer.name]), strict=True):
-                        gradient.copy_(piece)
+                results.update(zip(group.names, matrices, strict=True))
+                self._kl_clip.add(matrices, group.grads)
+            sent = self._curvature.from_owners(grads, self._rescaled)
+            for name, matrix in sent.items():
+                self._kl_clip.add(matrix, grads[name])
+            write_gradients(self._layers, results | sent)
         with self._stopwatch.phase("observe"):
             self._observe(grads, solved)
-        return products
+        with self._stopwatch.phase("precondition"):
+            covered = [layer for layer in self._layers if self._curvature.is_covered(layer.name)]
+            self._kl_clip.apply(covered, self._progress[1] if self._progress else None, self._step)
 
-    def _from_owners(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the preconditioned gradients of the layers that have an owner."""
-        mine: dict[str, Tensor] = {}
-        for group in self._owned_stacks.solve(grads):
-            mine.update(zip(group.names, self._rescaled(group), strict=True))
-        return self._owners.exchange(mine, grads)
+    def _rescaled(self, solved: Solved) -> Tensor:
+        return rescaled(self._options.rescale, solved.results, solved.grads, solved.damping)
 
     def _observe(self, grads: Mapping[str, Tensor], solved: Sequence[Solved]) -> None:
         results = dict(grads)
@@ -577,109 +402,53 @@ class HyLo(Preconditioner):
             results.update(zip(group.names, group.results, strict=True))
         for name, grad in grads.items():
             self._observer.gradient(name, grad)
-            exact = self._comparison.exact(name, grad)
+            exact = self._refresher.comparison.exact(name, grad)
             if exact is not None:
                 self._observer.error(name, self._used, results[name], exact)
-                for method, other in self._comparison.results(name, grad):
+                for method, other in self._refresher.comparison.results(name, grad):
                     self._observer.error(name, method, other, exact)
-
-    def _clip(self, products: Sequence[Tensor]) -> None:
-        """Multiplies every preconditioned gradient by ``min(1, sqrt(kl_clip / (lr^2 sum v . g)))``."""
-        if self._kl_clip is None or self._progress is None or not products:
-            return
-        limit, lr = positive("kl_clip", self._kl_clip, self._step), self._progress[1]
-        with self._stopwatch.phase("precondition"):
-            size = lr**2 * torch.stack(list(products)).sum()
-            factor = (limit / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_max(1)
-            for layer in self._layers:
-                if self._is_covered(layer.name):
-                    for gradient in _gradients(layer):
-                        gradient.mul_(factor)
-
-    def _rescaled(self, solved: Solved) -> Tensor:
-        result = solved.results
-        if self._rescale == "damping":
-            return result * solved.damping
-        if self._rescale == "norm":
-            norms = torch.linalg.vector_norm(result, dim=(1, 2), keepdim=True)
-            plain = torch.linalg.vector_norm(solved.grads, dim=(1, 2), keepdim=True)
-            result = result * (plain / norms.clamp_min(torch.finfo(result.dtype).tiny))
-        return result
-
-    def _damping_at(self, epoch: float | None) -> float:
-        """Returns the damping of a refresh now; ``epoch`` is read where damping follows epochs."""
-        if isinstance(self._damping_schedule, DampingDecay):
-            return self._damping_schedule.at_epoch(epoch or 0.0)
-        return positive("damping", self._damping_schedule, self._step)
 
     def _check_progress(self) -> None:
         """Refuses to guess an epoch or a learning rate."""
         settings = {
             "a damping by epochs": isinstance(self._damping_schedule, DampingDecay),
             "method 'hybrid'": self._switch is not None,
-            "kl_clip": self._kl_clip is not None,
+            "kl_clip": self._kl_clip.enabled,
         }
         if self._progress is None and any(settings.values()):
             wanting = " and ".join(name for name, needs in settings.items() if needs)
             raise RuntimeError(f"{wanting}: call set_progress(epoch, lr) before step()")
 
-    def _own_loss_scale(self, sample_scale: float | None, grad_scale: float, rows: int) -> float:
-        """Returns what turns captured output gradients into gradients of each sample's own loss."""
-        if sample_scale is None:
-            sample_scale = rows * self._accumulation_steps if self._loss_reduction == "mean" else 1.0
-        return sample_scale / grad_scale
-
-    def _check_accumulation(self, sample_scale: float | None) -> None:
-        """Tells once about more micro-batches than announced: their scale, hence damping, would be wrong."""
-        seen, announced = self._capture.micro_batches, self._accumulation_steps
-        if (
-            sample_scale is None
-            and self._loss_reduction == "mean"
-            and seen > announced
-            and not self._told_accumulation
-        ):
-            self._told_accumulation = True
-            logger.warning("captured %d micro-batches, but accumulation_steps=%d", seen, announced)
-
-    def _like(self, layer: Layer) -> Tensor:
-        """Returns an empty tensor on the device and in the dtype of the layer's rows."""
-        return torch.empty(0, device=layer.module.weight.device, dtype=self._capture.rows_dtype(layer))
-
-    def _load_layer(self, layer: Layer, saved: Mapping[str, Any]) -> SampleCurvature:
-        try:
-            return SampleCurvature.from_state(saved, layer.row_sizes, layer.groups, self._like(layer))
-        except ValueError as error:
-            raise ValueError(f"state of layer {layer.name}: {error}") from error
-
-    def _make_record(self, refreshed: bool, fallbacks: tuple[Fallback, ...]) -> StepRecord:
-        step = self._step
-        sizes = {"rows": 0, "factors": 0}
-        for curvature in (*self._curvature.values(), *self._comparison.curvatures()):
-            for kind, size in zip(sizes, curvature.size_bytes, strict=True):
+    def _sizes(self, outcome: Outcome) -> dict[str, int]:
+        """Returns bytes by kind of memory; nothing if nobody asked."""
+        if not self._profile:
+            return {}
+        compared = sum(sum(c.size_bytes) for c in self._refresher.comparison.curvatures())
+        sizes = {"captured": outcome.captured_bytes, "rows": 0, "factors": 0, "comparison": compared}
+        for curvature in self._curvature.values():
+            for kind, size in zip(("rows", "factors"), curvature.size_bytes, strict=True):
                 sizes[kind] += size
+        return sizes
+
+    def _make_record(self, outcome: Outcome) -> StepRecord:
+        step = self._step
         traffic = self._communicator.take_traffic()
         decisions = () if self._switch is None else tuple(self._switch.history[self._decisions_told :])
         self._decisions_told += len(decisions)
         return StepRecord(
             step,
-            refreshed,
+            outcome.happened,
             self._damping,
             self._failures,
             jittered=sum(curvature.jitter > 0 for curvature in self._curvature.values()),
             phases=tuple(PhaseTime(step, *item) for item in self._stopwatch.take().items()),
             communication=tuple(Communication(step, *what, *amount) for what, amount in traffic.items()),
-            memory=tuple(Memory(step, *item) for item in sizes.items()),
+            memory=tuple(Memory(step, *item) for item in self._sizes(outcome).items()),
             rank_analysis=self._observer.take_rank_analysis(step),
             grad_norm=self._observer.take_grad_norm(step),
             grad_error=self._observer.take_grad_error(step),
-            fallbacks=fallbacks,
-            kept=self._kept if refreshed else (),
+            fallbacks=outcome.fallbacks,
+            kept=outcome.kept,
             method=self._used,
             switches=decisions,
         )
-
-
-def _gradients(layer: Layer) -> list[Tensor]:
-    """Returns the gradients of all the layer's parameters, or none of them."""
-    gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
-    return gradients if len(gradients) == len(layer.parameters) else []

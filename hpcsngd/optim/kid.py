@@ -26,12 +26,13 @@ is not pivoted; here the kernel's pivoted Cholesky chooses them, which also boun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.linalg import jittered_cholesky, pivoted_cholesky
+from hpcsngd.optim.linalg import jittered_cholesky, pivoted_cholesky_batch
 
 
 @dataclass(frozen=True)
@@ -53,34 +54,66 @@ class Interpolation:
         return Interpolation(self.kept, self.mixing.to(like), self.left_out.to(like))
 
 
-def interpolate(
-    kernel: Tensor, rank: int, *, samples: int, damping: float, residual: bool
-) -> Interpolation | None:
-    """Returns the interpolative decomposition of a kernel; fewer than ``rank`` samples where it is singular.
+def interpolate_each(
+    kernels: Sequence[Tensor],
+    ranks: Sequence[int],
+    *,
+    samples: Sequence[int],
+    damping: float,
+    residual: bool,
+) -> list[Interpolation | None]:
+    """Returns the interpolative decomposition of every kernel.
+
+    Pivots of kernels with equal size and rank are found together; a kernel that is not finite comes to None.
 
     Args:
-        kernel: ``K = U U^T``, not divided by anything, shape ``(n, n)``.
-        rank: how many samples to keep at most.
+        kernels: ``K = U U^T``, not divided by anything, shape ``(n, n)``.
+        ranks: how many samples to keep of each at most; a singular kernel keeps fewer.
         samples: N; more than n where other ranks have samples too.
         damping: positive; read with ``residual`` only.
         residual: whether ``E`` enters G.
-
-    Returns:
-        None for a kernel that is not finite.
     """
-    if not bool(kernel.isfinite().all()):
-        return None
-    pivots, factor = pivoted_cholesky(kernel, rank)
+    found: list[Interpolation | None] = [None] * len(kernels)
+    alike: dict[tuple[int, int, torch.device], list[int]] = {}
+    for index, (kernel, rank) in enumerate(zip(kernels, ranks, strict=True)):
+        alike.setdefault((len(kernel), rank, kernel.device), []).append(index)
+    for (_, rank, _), members in alike.items():
+        stacked = torch.stack([kernels[index] for index in members])
+        # A kernel that is not finite comes to nothing, without harm to its neighbours.
+        is_finite = stacked.isfinite().all(2).all(1)
+        stacked = torch.where(is_finite[:, None, None], stacked, 0.0)
+        pivots, factors, counts = pivoted_cholesky_batch(stacked, rank)
+        for position, (index, is_good, count) in enumerate(
+            zip(members, is_finite.tolist(), counts, strict=True)
+        ):
+            if is_good:
+                pair = (pivots[position, :count], factors[position, :count])
+                shift = (samples[index], damping) if residual else None
+                found[index] = _interpolation(kernels[index], *pair, shift)
+    return found
+
+
+def _interpolation(
+    kernel: Tensor, pivots: Tensor, factor: Tensor, residual: tuple[int, float] | None
+) -> Interpolation | None:
+    """Returns the interpolation from given pivots.
+
+    Args:
+        kernel: ``K``.
+        pivots: from `pivoted_cholesky`.
+        factor: from there.
+        residual: N and damping, where the residual enters G.
+    """
     is_rest = torch.ones(len(kernel), dtype=torch.bool, device=kernel.device)
     is_rest[pivots] = False
     rest = is_rest.nonzero()[:, 0]
     # T = R_SS^-1 R_S,rest, its rows put from the order of the pivots into ascending order.
-    t = torch.linalg.solve_triangular(factor[:, pivots], factor[:, rest], upper=True)[pivots.argsort()]
     explained = factor[:, rest]
+    t = torch.linalg.solve_triangular(factor[:, pivots], explained, upper=True)[pivots.argsort()]
     gram: Tensor | None = t @ t.T
-    if residual:
+    if residual is not None:
         lacking = kernel[rest][:, rest] - explained.T @ explained
-        gram = _gram_with_residual(t, lacking / samples, damping)
+        gram = _gram_with_residual(t, lacking / residual[0], residual[1])
     identity = torch.eye(len(pivots), dtype=kernel.dtype, device=kernel.device)
     factorized = None if gram is None else jittered_cholesky(identity + gram)
     if factorized is None:

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from hpcsngd.optim.positions import Geometry, box_sums, patches
+from hpcsngd.optim.moments import gram, patch_moment
+from hpcsngd.optim.positions import Geometry, box_sums, carried, patches
 from hpcsngd.optim.rows import FactoredRows, GradientRows, Rows, factors_are_cheaper
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -115,6 +117,42 @@ class Layer:
     def output_sums(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the output gradient summed over the positions, ``(n, groups, d_out / groups)``."""
         return self._grouped(self._batched(grad).flatten(2)).sum(3, dtype=dtype)
+
+    def input_vectors(self, x: Tensor, output: Tensor) -> Tensor:
+        """Returns every ``x_is`` without bias, ``(n, groups, d_in, positions)``; patches are built.
+
+        Args:
+            x: the call's input.
+            output: the call's output (only its shape is read).
+        """
+        x, output = self._batched(x), self._batched(output)
+        if not isinstance(self.module, TransposedConvolution):
+            return self._patches(x, output.shape[2:])
+        return self._grouped(carried(x, _geometry(self.module), output.shape[2:]))
+
+    def input_moment(self, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns ``sum_is x_is x_is^T`` without bias, ``(groups, d_in, d_in)``.
+
+        Args:
+            x: the call's input.
+            output: the call's output (only its shape is read).
+            dtype: of the result, and of what is computed.
+        """
+        x, size = self._batched(x).to(dtype), self._batched(output).shape[2:]
+        if isinstance(self.module, nn.Linear):
+            return gram(x.unsqueeze(1))
+        geometry = _geometry(self.module)
+        if not isinstance(self.module, TransposedConvolution):
+            return patch_moment(self._grouped(x), geometry, size)
+        at_once = max(
+            1, PATCH_BYTES // (x.shape[1] * prod(geometry.kernel) * size.numel() * x.element_size())
+        )
+        parts = [gram(self._grouped(carried(part, geometry, size))) for part in torch.split(x, at_once)]
+        return torch.stack(parts).sum(0)
+
+    def output_vectors(self, grad: Tensor) -> Tensor:
+        """Returns every ``g_is``, ``(n, groups, d_out / groups, positions)``."""
+        return self._grouped(self._batched(grad).flatten(2))
 
     def exact_rows(self, x: Tensor, grad: Tensor, dtype: torch.dtype) -> Rows:
         """Returns the true gradient of every sample, bias included, in the form that needs less work.

@@ -80,24 +80,41 @@ def pivoted_cholesky(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         ``R[:, pivots]`` upper triangular and ``R^T R`` equal to ``kernel`` in the rows and columns of the
         pivots; what it lacks elsewhere is positive semidefinite.
     """
-    left = kernel.diagonal().clone()
-    noise = len(kernel) * torch.finfo(kernel.dtype).eps * left.max() if len(kernel) else left.sum()
-    factor = kernel.new_zeros(rank, len(kernel))
-    pivots = torch.zeros(rank, dtype=torch.int64, device=kernel.device)
-    found = torch.zeros(rank, dtype=torch.bool, device=kernel.device)
+    pivots, factors, counts = pivoted_cholesky_batch(kernel[None], rank)
+    return pivots[0, : counts[0]], factors[0, : counts[0]]
+
+
+def pivoted_cholesky_batch(kernels: Tensor, rank: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Factorizes kernels of equal size as `pivoted_cholesky` does, all in one loop over the pivots.
+
+    Args:
+        kernels: shape ``(b, n, n)``.
+        rank: as there.
+
+    Returns:
+        Pivots ``(b, rank)``, factors ``(b, rank, n)``, and how many of them count for each kernel.
+    """
+    batch, n = kernels.shape[:2]
+    left = kernels.diagonal(dim1=1, dim2=2).clone()
+    info = torch.finfo(kernels.dtype)
+    noise = n * info.eps * left.amax(1) if n else left.sum(1)
+    factors = kernels.new_zeros(batch, rank, n)
+    pivots = torch.zeros(batch, rank, dtype=torch.int64, device=kernels.device)
+    found = torch.zeros(batch, rank, dtype=torch.bool, device=kernels.device)
     # No number leaves the device in this loop: rows after the first worthless pivot are cut off at the end.
     for i in range(rank):
-        pivot = left.argmax(0, keepdim=True)
-        value = left.index_select(0, pivot)
-        row = kernel.index_select(0, pivot)[0] - factor[:i].index_select(1, pivot)[:, 0] @ factor[:i]
-        row = row / value.clamp_min(torch.finfo(kernel.dtype).tiny).sqrt()
+        pivot = left.argmax(1, keepdim=True)
+        value = left.gather(1, pivot)
+        chosen = pivot[:, :, None].expand(-1, i, 1)
+        done = (factors[:, :i].gather(2, chosen).mT @ factors[:, :i])[:, 0]
+        row = kernels.gather(1, pivot[:, :, None].expand(-1, 1, n))[:, 0] - done
+        row = row / value.clamp_min(info.tiny).sqrt()
         # In exact arithmetic earlier pivots have nothing left: without this, rounding would enter T.
-        row[pivots[:i]] = 0
-        factor[i], pivots[i : i + 1], found[i : i + 1] = row, pivot, value > noise
-        left = left - row.square()
-        left[pivots[: i + 1]] = 0
-    count = int(found.long().cumprod(0).sum())
-    return pivots[:count], factor[:count]
+        row.scatter_(1, pivots[:, :i], 0)
+        factors[:, i], pivots[:, i], found[:, i] = row, pivot[:, 0], value[:, 0] > noise
+        left = (left - row.square()).scatter_(1, pivots[:, : i + 1], 0)
+    counts: list[int] = found.long().cumprod(1).sum(1).tolist()
+    return pivots, factors, counts
 
 
 def spectrum_summary(eigenvalues: Tensor, share: float) -> tuple[int, float]:

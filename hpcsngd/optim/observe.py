@@ -6,7 +6,7 @@ step is not interrupted once per layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -18,8 +18,8 @@ from hpcsngd.optim.records import GradError, GradNorm, RankAnalysis
 
 Observable = Literal["rank_analysis", "grad_norm", "grad_error"]
 
-#: Share of the sum of singular values that a kernel's low_rank must reach (HyLo, figure on the rank of K).
-SHARE = 0.9
+#: Shares of the sum of singular values whose matrix rank is told (HyLo's figure on the rank of K: 90 %).
+SHARES = (0.9,)
 
 
 class Observer:
@@ -27,16 +27,20 @@ class Observer:
 
     Args:
         what: any of ``rank_analysis``, ``grad_norm``, ``grad_error``.
+        rank_shares: of ``rank_analysis``, each in (0, 1].
 
     Raises:
-        ValueError: an unknown name in ``what``.
+        ValueError: an unknown name in ``what``, or a share out of its range.
     """
 
-    def __init__(self, what: Collection[str]) -> None:
+    def __init__(self, what: Collection[str], rank_shares: Sequence[float] = SHARES) -> None:
         unknown = sorted(set(what) - set(get_args(Observable)))
         if unknown:
             raise ValueError(f"observe={unknown}: allowed are {', '.join(get_args(Observable))}")
+        if not rank_shares or not all(0 < share <= 1 for share in rank_shares):
+            raise ValueError(f"rank_shares={list(rank_shares)}: give one or more, each in (0, 1]")
         self._what = frozenset(what)
+        self._shares = tuple(rank_shares)
         self._spectra: list[tuple[str, Tensor, float]] = []
         self._norms: dict[str, Tensor] = {}
         self._errors: dict[tuple[str, str], Tensor] = {}
@@ -63,11 +67,12 @@ class Observer:
         self._errors[layer, method] = torch.stack([relative, cosine])
 
     def take_rank_analysis(self, step: int) -> tuple[RankAnalysis, ...]:
-        """Returns the spectra noted since the last call."""
+        """Returns what is asked of the spectra noted since the last call."""
         spectra, self._spectra = self._spectra, []
         return tuple(
-            RankAnalysis(step, layer, len(values), SHARE, *spectrum_summary(values, SHARE), damping)
+            RankAnalysis(step, layer, len(values), share, *spectrum_summary(values, share), damping)
             for layer, values, damping in spectra
+            for share in self._shares
         )
 
     def take_grad_norm(self, step: int) -> tuple[GradNorm, ...]:

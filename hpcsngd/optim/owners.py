@@ -49,7 +49,7 @@ class Owners:
         tensors = [mine[name][None] if self.is_here(name) else grads[name][None][:0] for name in names]
         ranks = range(self._communicator.world_size)
         counts = [[int(self.ranks[name] == rank) for name in names] for rank in ranks]
-        joined = self._communicator.join_rows("precondition", tensors, counts)
+        joined = self._communicator.join_rows("broadcast", tensors, counts)
         return {name: matrix[0] for name, matrix in zip(names, joined, strict=True)}
 
     def all_states(self, mine: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -60,15 +60,15 @@ class Owners:
         """
         states = dict(mine)
         for rank in sorted(set(self.ranks.values())):
-            here = {name: _portable(mine[name]) for name in mine if self.ranks.get(name) == rank}
+            here = {name: portable(mine[name]) for name in mine if self.ranks.get(name) == rank}
             states.update(self._communicator.object_from(rank, here))
         return states
 
 
-def _portable(state: Any) -> Any:
+def portable(state: Any) -> Any:
     """Returns a state with its tensors on the CPU, in memory of their own: stacks are not sent along."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(state, dict):
-        return {key: _portable(value) for key, value in state.items()}
-    return [_portable(value) for value in state] if isinstance(state, list) else state
+        return {key: portable(value) for key, value in state.items()}
+    return [portable(value) for value in state] if isinstance(state, list) else state

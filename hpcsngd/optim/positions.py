@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -103,6 +104,28 @@ def patches(image: Tensor, geometry: Geometry, grid: Sequence[int]) -> Tensor:
     size = (*padded.shape[:2], *geometry.kernel, *grid)
     view = padded.as_strided(size, (sample, channel, *taps, *steps))
     return view.flatten(1, 1 + geometry.dims).flatten(2)
+
+
+def carried(grid: Tensor, geometry: Geometry, image: Sequence[int]) -> Tensor:
+    """Returns what every tap of a transposed convolution brings to every entry of the image.
+
+    Args:
+        grid: its input, shape ``(n, channels, ...)``.
+        geometry: of the convolution.
+        image: size of its output.
+
+    Returns:
+        ``(n, channels * taps, entries)``: the grid's value where a tap brings one, 0 elsewhere.
+    """
+    result = grid.new_zeros(*grid.shape[:2], *geometry.kernel, *image)
+    targets = geometry.image_boxes(image, grid.shape[2:])
+    sources = geometry.grid_boxes(image, grid.shape[2:])
+    by_tap = result.flatten(2, 1 + geometry.dims)
+    for tap, where in enumerate(product(*map(range, geometry.kernel))):
+        to, of = ([boxes[dim][t] for dim, t in enumerate(where)] for boxes in (targets, sources))
+        everywhere = [slice(None), slice(None)]
+        by_tap[:, :, tap][tuple(everywhere + to)] = grid[tuple(everywhere + of)]
+    return result.flatten(1, 1 + geometry.dims).flatten(2)
 
 
 def _padded(image: Tensor, geometry: Geometry, grid: Sequence[int]) -> Tensor:

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """Seconds this rank spent in one phase (capture, gather, factorise, precondition, observe)."""
+    """Seconds this rank spent in one phase; phases are disjoint.
+
+    At refreshes: ``capture`` (hooks, within forward and backward), ``gather`` (exchange of rows),
+    ``factorise`` (kernels, and which samples are kept), ``invert`` (Cholesky factors of kernels). At every
+    step: ``project`` (gradients into sample space), ``precondition`` (solve, back to gradients, size),
+    ``broadcast`` (from owners to all ranks), ``observe`` (measurements). The optimizer's own ``update`` is
+    timed by who calls it.
+    """
 
     step: int
     phase: str
@@ -31,7 +38,11 @@ class Communication:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the preconditioner holds on this rank after the step, by kind (rows, factors)."""
+    """Bytes that the preconditioner holds on this rank after the step, by kind.
+
+    ``rows`` and ``factors`` of all curvatures solved here; ``comparison``: curvatures that only
+    ``grad_error`` needs; ``captured``: this rank's rows at the refresh, 0 in other steps (gone after it).
+    """
 
     step: int
     kind: str
@@ -151,6 +162,23 @@ class LayerCheck:
 
 
 @dataclass(frozen=True)
+class LayerStrength:
+    """How much curvature changed one layer's gradient.
+
+    Attributes:
+        strength: ``|damping v - g| / |g|`` before any rescaling: 0 where v is nothing but g over damping.
+        mean_eigenvalue: of the layer's curvature; compare with ``damping``.
+        damping: that v was computed with.
+    """
+
+    step: int
+    layer: str
+    strength: float
+    mean_eigenvalue: float
+    damping: float
+
+
+@dataclass(frozen=True)
 class Fallback:
     """A layer whose refresh failed: its last good curvature, or the plain gradient, is used instead."""
 
@@ -171,7 +199,7 @@ class StepRecord:
         jittered: layers whose factor in use needed jitter.
         phases: filled with ``profile=True``.
         communication: of this step; empty on one rank.
-        memory: after this step.
+        memory: filled with ``profile=True``.
         rank_analysis: filled when observed, on rank 0, at refreshes.
         grad_norm: filled when observed, on every rank.
         grad_error: filled when observed, on every rank; after a resume from the next refresh on.
@@ -179,6 +207,7 @@ class StepRecord:
         kept: filled at refreshes of compressed methods.
         method: in use after this step; of the hybrid method, the one it uses now.
         switches: decisions of the hybrid method since the step before.
+        strength: filled when observed, on every rank, for layers that have an inverse.
     """
 
     step: int
@@ -196,3 +225,4 @@ class StepRecord:
     kept: tuple[Kept, ...] = ()
     method: str = ""
     switches: tuple[SwitchDecision, ...] = ()
+    strength: tuple[LayerStrength, ...] = ()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hpcsngd.optim.curvature import SampleCurvature
 from hpcsngd.optim.rows import FactoredRows
+from hpcsngd.optim.stopwatch import Stopwatch
 
 #: Curvatures with more numbers in their rows are not stacked: memory bounds them, not overhead.
 MOST_NUMBERS = 2**18
@@ -44,7 +45,10 @@ class Stack:
 
     def solve(self, grads: Tensor) -> Tensor:
         """Returns `SampleCurvature.solve` of every member, shape ``(members, d_out, d_in)``."""
-        t = self._project(grads)
+        return self.apply(grads, self.project(grads))
+
+    def apply(self, grads: Tensor, t: Tensor) -> Tensor:
+        """Returns `solve` of the gradients, given their projections."""
         mixed = t if self._mixing is None else self._mixing.mT @ t
         y = torch.cholesky_solve(mixed, self._factor)
         y = y if self._mixing is None else self._mixing @ y
@@ -54,8 +58,8 @@ class Stack:
         y = y / self._damping + (self._scale - 1 / self._damping) * inside
         return self._scale * grads - self._combine(y) / self._samples
 
-    def _project(self, grads: Tensor) -> Tensor:
-        """Returns `FactoredRows.project` of every member, shape ``(members, n, 1)``."""
+    def project(self, grads: Tensor) -> Tensor:
+        """Returns `SampleCurvature.project` of every member, shape ``(members, n, 1)``."""
         a, g = _by_group(self._a), _by_group(self._g)
         blocks = grads.reshape(len(grads), a.shape[1], -1, grads.shape[2])
         # Both orders are the same product; the shorter side leaves fewer numbers to multiply and sum.
@@ -95,9 +99,14 @@ class Solved:
 
 
 class Stacks:
-    """Every layer's curvature, stacked where that is possible."""
+    """Every layer's curvature, stacked where that is possible.
 
-    def __init__(self) -> None:
+    Args:
+        stopwatch: counts projections as phase ``project``; default: nothing is timed.
+    """
+
+    def __init__(self, stopwatch: Stopwatch | None = None) -> None:
+        self._stopwatch = stopwatch or Stopwatch(enabled=False)
         self._stacks: list[tuple[list[str], Stack]] = []
         self._single: dict[str, SampleCurvature] = {}
 
@@ -136,14 +145,20 @@ class Stacks:
         for names, stack in self._stacks:
             if all(name in grads for name in names):
                 stacked = torch.stack([grads[name] for name in names])
-                solved.append(Solved(names, stacked, stack.solve(stacked), stack.members[0].damping))
+                result = self._solve(stack, stacked)
+                solved.append(Solved(names, stacked, result, stack.members[0].damping))
             else:
                 single.update(zip(names, stack.members, strict=True))
         for name, curvature in single.items():
             if name in grads:
-                result = curvature.solve(grads[name])
+                result = self._solve(curvature, grads[name])
                 solved.append(Solved([name], grads[name][None], result[None], curvature.damping))
         return solved
+
+    def _solve(self, curvature: Stack | SampleCurvature, grad: Tensor) -> Tensor:
+        with self._stopwatch.phase("project"):
+            t = curvature.project(grad)
+        return curvature.apply(grad, t)
 
 
 def stack_key(curvature: SampleCurvature) -> tuple[Any, ...] | None:

@@ -5,13 +5,16 @@ Shares no formula with the methods that it checks: no rows, no kernels, no sampl
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hpcsngd import dist
 from hpcsngd.optim.base import Preconditioner
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.records import LayerCheck
@@ -80,7 +83,7 @@ class Problem:
     """A model that a preconditioner and the oracle both work on.
 
     Attributes:
-        model: float64, in evaluation mode.
+        model: its parameters' gradients are what is compared.
         layers: its covered layers.
         batch: inputs and targets.
         loss: of outputs and targets.
@@ -92,6 +95,32 @@ class Problem:
     loss: Loss
 
 
+def check_on_a_copy(
+    problem: Problem,
+    build: Callable[[nn.Module], Preconditioner],
+    choose: Callable[[Sequence[Layer]], Mapping[str, str]],
+) -> tuple[LayerCheck, ...]:
+    """Compares a preconditioner with the dense solution on a copy of the model; rank 0 prints it.
+
+    Args:
+        problem: the user's; model, gradients and random numbers stay as they are.
+        build: model -> a preconditioner for it that keeps to this process.
+        choose: `choose_layers` or alike.
+    """
+    model = copy.deepcopy(problem.model).double().eval()
+    model.zero_grad()
+    inputs, targets = (part.double() if part.is_floating_point() else part for part in problem.batch)
+    modules: dict[str, Any] = dict(model.named_modules())
+    copies = [replace(layer, module=modules[layer.name]) for layer in problem.layers]
+    reasons = choose(copies)
+    with torch.random.fork_rng([inputs.device] if inputs.device.type == "cuda" else []):
+        checks = check(build(model), Problem(model, copies, (inputs, targets), problem.loss), reasons)
+    if dist.rank() == 0:
+        # The one print outside the command line: this is called by hand, to be read.
+        print("compared with the dense oracle:", *checks, sep="\n")  # noqa: T201
+    return checks
+
+
 def check(
     preconditioner: Preconditioner, problem: Problem, reasons: Mapping[str, str]
 ) -> tuple[LayerCheck, ...]:
@@ -99,7 +128,7 @@ def check(
 
     Args:
         preconditioner: attached to the problem's model, not used yet; closed afterwards.
-        problem: its model's gradients are overwritten.
+        problem: with a model in float64 and evaluation mode, whose gradients are overwritten.
         reasons: from `choose_layers`.
     """
     model, batch, loss = problem.model, problem.batch, problem.loss

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from hpcsngd import dist
 from hpcsngd.config.experiment import Experiment
 from hpcsngd.optim import Preconditioner
+from hpcsngd.optim.quantify import quantify
 from hpcsngd.optim.stopwatch import Stopwatch
 from hpcsngd.train import devices, optimizers, schedules, seeds
 from hpcsngd.train.checkpoint import Checkpoints
@@ -176,6 +177,8 @@ class Trainer:
             with devices.autocast(self._config.precision, parts.device):
                 outputs = parts.trained(images)
             loss = self._summed_loss(outputs, labels, self._config.loss.label_smoothing)
+        if parts.preconditioner is not None:
+            parts.preconditioner.before_backward(outputs)
         with self._stopwatch.phase("backward"):
             scaled: Tensor = parts.scaler.scale(loss * parts.strategy.loss_factor(size))
             scaled.backward()  # type: ignore[no-untyped-call]
@@ -196,14 +199,23 @@ class Trainer:
         if parts.preconditioner is not None:
             epoch = self.progress.step / self._sampler.steps_per_epoch
             parts.preconditioner.set_progress(epoch, parts.optimizers[0].param_groups[0]["lr"])
+            before = self._before_measuring(step)
             parts.preconditioner.step(
                 sample_scale=size / dist.world_size(), grad_scale=parts.scaler.get_scale()
             )
+            if before is not None:
+                self._recorder.quantify(step, quantify(before, flat_gradients(parts.model)))
         with self._stopwatch.phase("update"):
             for optimizer in parts.optimizers:
                 parts.scaler.step(optimizer)
             parts.scaler.update()
         self._record_step(step)
+
+    def _before_measuring(self, step: int) -> Tensor | None:
+        """Returns the gradients if what is done to them is to be measured in this step; rank 0 does."""
+        every = self._config.diagnostics.quantify_every
+        is_due = every > 0 and (step - 1) % every == 0 and dist.rank() == 0
+        return flat_gradients(self._parts.model) if is_due else None
 
     def _record_step(self, step: int) -> None:
         seconds, refresh = self._stopwatch.take(), False
@@ -305,6 +317,12 @@ class Trainer:
     def _advice(self) -> str:
         kept = f"the checkpoint of step {self._saved_step} stays" if self._saved_step else "no checkpoint yet"
         return f"lr {self._config.optimizer.lr:g} may be too large; {kept}"
+
+
+def flat_gradients(model: nn.Module) -> Tensor:
+    """Returns all gradients as one vector, a copy; parameters without one are left out."""
+    gradients = (parameter.grad for parameter in model.parameters())
+    return torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None])
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

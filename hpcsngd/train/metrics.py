@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from hpcsngd import dist, rundir
 from hpcsngd.config.experiment import Diagnostics
 from hpcsngd.optim import StepRecord
+from hpcsngd.optim.quantify import Quantify
 from hpcsngd.rundir import CsvWriter, RunDir
 from hpcsngd.tables import TABLES
 from hpcsngd.train.faults import SettingError
@@ -149,6 +150,10 @@ class Recorder:
         for layer, norm in norms.items():
             self._put("grad_norm", **self._place(step), layer=layer, norm=norm)
 
+    def quantify(self, step: int, measured: Quantify) -> None:
+        """Writes a row of quantify.csv."""
+        self._put("quantify", **self._place(step), **asdict(measured))
+
     def phases(self, step: int, seconds: Mapping[str, float], *, refresh: bool) -> None:
         """Writes rows of this rank's profiling file.
 
@@ -229,7 +234,7 @@ class Recorder:
 
 
 def _tables(diagnostics: Diagnostics) -> list[str]:
-    wanted = ["train", "eval", "switches"]
+    wanted = ["train", "eval", "switches", "quantify"]
     if diagnostics.profiling:
         wanted += ["profiling", "communication", "memory"]
     if diagnostics.rank_analysis:

@@ -108,7 +108,7 @@ def build_preconditioner(
         seed: the run's seed.
 
     Raises:
-        SettingError: a diagnostic that needs a preconditioner although there is none.
+        SettingError: a diagnostic that needs a preconditioner, or another one.
     """
     wanted = {name for name in ("rank_analysis", "grad_error") if getattr(config.diagnostics, name)}
     if config.preconditioner is None:
@@ -116,14 +116,19 @@ def build_preconditioner(
             names = " and ".join(f"diagnostics.{name}" for name in sorted(wanted))
             raise SettingError(f"{names} measure a preconditioner, but preconditioner is null")
         return None
-    build: Callable[..., optim.Preconditioner] = optim.get(config.preconditioner.name)
-    return build(
-        model,
-        **_fields(config.preconditioner),
-        seed=seeds.derive(seed, "preconditioner"),
-        profile=config.diagnostics.profiling,
-        observe=wanted,
-    )
+    name = config.preconditioner.name
+    if wanted and name != "hylo":
+        names = " and ".join(f"diagnostics.{each}" for each in sorted(wanted))
+        raise SettingError(f"{names} measure what hylo has and {name} has not")
+    given: dict[str, dict[str, Any]] = {
+        "hylo": {"observe": wanted, "rank_shares": config.diagnostics.rank_shares},
+        "kfac": {"loss": config.loss.name},
+    }
+    if name != "ggt":  # draws nothing
+        given.setdefault(name, {})["seed"] = seeds.derive(seed, "preconditioner")
+    build: Callable[..., optim.Preconditioner] = optim.get(name)
+    fields = _fields(config.preconditioner)
+    return build(model, **fields, **given.get(name, {}), profile=config.diagnostics.profiling)
 
 
 def _fields(config: Strict) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import logging
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcsngd import optim
 from hpcsngd.optim import HyLo
@@ -145,7 +147,62 @@ def test_jitter_is_counted() -> None:
 def test_nothing_is_measured_unasked() -> None:
     record = training.train("mlp", [6], 1, {"damping": 0.05})["records"][0]
     assert (record.phases, record.rank_analysis, record.grad_norm, record.grad_error) == ((), (), (), ())
-    assert record.communication == ()
+    assert (record.communication, record.memory) == ((), ())
+
+
+@pytest.mark.parametrize("method", ["sngd", "kid", "kis"])
+def test_what_is_off_computes_nothing(method: Any) -> None:
+    """No tensor operation of a measurement is left when it is off; timing adds none at all."""
+    options: dict[str, Any] = {"method": method} | ({} if method == "sngd" else {"ratio": 0.5})
+    off, norm = operations(options), "aten.linalg_vector_norm.default"
+    assert operations({**options, "profile": True}) == off
+    for what, operation in (
+        ("rank_analysis", "aten._linalg_eigh.default"),
+        ("grad_norm", norm),
+        ("grad_error", norm),
+    ):
+        on = operations({**options, "observe": [what]})
+        # KIS's own scores: two norms for each of the two layers.
+        own = 4 if method == "kis" and operation == norm else 0
+        assert on[operation] > off[operation] == own
+        assert sum(on.values()) > sum(off.values())
+
+
+def test_between_refreshes_no_hook_is_on_any_output() -> None:
+    model = models.mlp()
+    hylo = HyLo(model, damping=0.05, refresh_every=2)
+    hooked = []
+    for _ in range(2):
+        x, target = oracle.batch(models.mlp(), (6, 5))
+        outputs = model(x)
+        hooked.append(bool(outputs._backward_hooks))
+        (outputs - target).square().sum().backward()
+        hylo.step()
+    assert hooked == [True, False]
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(options: dict[str, Any]) -> Counter[str]:
+    """Returns the operations of two training steps, the first with a refresh."""
+    model = models.mlp()
+    hylo = HyLo(model, damping=0.05, refresh_every=2, **options)
+    x, target = oracle.batch(models.mlp(), (6, 5))
+    with Counting() as counting:
+        for _ in range(2):
+            oracle.mean_loss(model, x, target).backward()
+            hylo.step()
+    return counting.counts
 
 
 def test_profile_times_every_phase() -> None:
@@ -153,18 +210,22 @@ def test_profile_times_every_phase() -> None:
         "records"
     ]
     phases = [{item.phase: item.seconds for item in record.phases} for record in records]
-    assert set(phases[0]) == {"capture", "gather", "factorise", "precondition", "observe"}
-    assert set(phases[1]) == {"precondition", "observe"}
+    every_step = {"project", "precondition", "broadcast", "observe"}
+    assert set(phases[0]) == {"capture", "gather", "factorise", "invert"} | every_step
+    assert set(phases[1]) == every_step
     assert all(seconds >= 0 for seconds in (*phases[0].values(), *phases[1].values()))
     assert phases[0]["capture"] > 0
 
 
 def test_memory_is_what_the_state_holds() -> None:
-    result = training.train("conv", [6], 1, {"damping": 0.05})
+    result = training.train("conv", [6], 1, {"damping": 0.05, "profile": True})
     memory = {item.kind: item.size_bytes for item in result["records"][0].memory}
     layers = result["state"]["hylo"]["layers"].values()
     assert memory["rows"] == sum(tensor.nbytes for layer in layers for tensor in layer["rows"])
     assert memory["factors"] == 2 * 6 * 6 * 8
+    # On one rank what was captured is what is held.
+    assert memory["captured"] == memory["rows"]
+    assert memory["comparison"] == 0
 
 
 def test_rank_analysis_equals_the_dense_spectrum() -> None:
@@ -182,6 +243,20 @@ def test_rank_analysis_equals_the_dense_spectrum() -> None:
         assert float(values[:low_rank].sum()) >= 0.9 * float(values.sum())
         assert float(values[: low_rank - 1].sum()) < 0.9 * float(values.sum())
         assert (records[name].samples, records[name].damping, records[name].share) == (8, 0.05, 0.9)
+
+
+def test_rank_analysis_tells_any_share() -> None:
+    model = models.mlp()
+    hylo = HyLo(model, damping=0.05, observe=["rank_analysis"], rank_shares=[0.5, 0.9, 1.0])
+    oracle.mean_loss(model, *oracle.batch(models.mlp(), (8, 5))).backward()
+    hylo.step()
+    ranks = {(item.layer, item.share): item.low_rank for item in hylo.diagnostics().rank_analysis}
+    assert len(ranks) == 2 * 3
+    for name in ("0", "2"):
+        assert 1 <= ranks[name, 0.5] < ranks[name, 0.9] < ranks[name, 1.0] <= 8
+    for shares in ([], [0.0], [1.5]):
+        with pytest.raises(ValueError, match="rank_shares"):
+            HyLo(model, damping=0.05, rank_shares=shares)
 
 
 def test_gradient_norms_are_those_before_preconditioning() -> None:

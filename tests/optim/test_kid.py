@@ -241,6 +241,24 @@ def test_pivoted_cholesky(seed: int, rank: int) -> None:
     assert bool((triangle.diagonal()[1:] <= triangle.diagonal()[:-1] * (1 + 1e-12)).all())
 
 
+def test_layers_together_equal_layers_alone() -> None:
+    """Also where one of them is singular and one is not finite: neighbours do not notice."""
+    rows = {str(seed): problem(seed, 12)[0] for seed in range(3)}
+    rows["few"] = problem(3, 12)[0].scaled((torch.arange(12) < 2).double())
+    rows["bad"] = problem(4, 12)[0].scaled(1e200)
+    rows["small"] = problem(5, 7)[0]
+    compression = Compression(RankRule(low_rank=4), False, False, "joined", 0)
+    together = compression.sketches("kid", rows, 0, DAMPING)
+    assert together["bad"] is None
+    for name, found in together.items():
+        alone = compression.sketch("kid", name, rows[name], 0, DAMPING)
+        assert (alone is None) == (found is None)
+        if alone is not None and found is not None:
+            assert torch.equal(found.rows.scores(), alone.rows.scores())
+            torch.testing.assert_close(found.mixing, alone.mixing, rtol=1e-12, atol=1e-12)
+    assert len(together["few"].rows) == 2
+
+
 def test_left_out_is_the_mean_of_the_residual_spectrum() -> None:
     rows, _ = problem(0, 24)
     found = sketch(rows, 6)

@@ -93,7 +93,7 @@ def test_results_do_not_depend_on_placement(sizes: list[int], method: str) -> No
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_bytes_of_owners_equal_their_formula(refresh_every: int) -> None:
     sizes, steps = [3, 7, 2], 3
-    options = {"damping": 0.05, "placement": "owner", "refresh_every": refresh_every}
+    options = {"damping": 0.05, "placement": "owner", "refresh_every": refresh_every, "profile": True}
     results = run_on_ranks(training.train, 3, "mlp", sizes, steps, options)
     owners = results[0]["state"]["hylo"]["owners"]
     assert len(set(owners.values())) == 2
@@ -104,7 +104,7 @@ def test_bytes_of_owners_equal_their_formula(refresh_every: int) -> None:
         elsewhere = sum(rows[name] for name in owners if owners[name] != rank)
         for index, record in enumerate(result["records"]):
             found = {(x.phase, x.op): (x.calls, x.size_bytes) for x in record.communication}
-            assert found.pop(("precondition", "all_gather")) == (1, 8 * max(owned))
+            assert found.pop(("broadcast", "all_gather")) == (1, 8 * max(owned))
             if index % refresh_every == 0:
                 assert found.pop(("gather", "all_to_all")) == (1, 8 * sizes[rank] * elsewhere)
                 assert found.pop(("gather", "all_gather")) == (1, 16 * len(owners))

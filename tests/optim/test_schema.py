@@ -9,18 +9,21 @@ import pytest
 from pydantic import ValidationError
 
 from hpcsngd.config import experiment
-from hpcsngd.optim import DampingDecay, HyLo, SwitchRule
+from hpcsngd.optim import GGT, KFAC, MFAC, DampingDecay, HyLo, SwitchRule
 from tests.optim import models
 
 #: Given by training itself, or a function that YAML cannot write.
 NOT_WRITTEN = {"self", "model", "loss_reduction", "accumulation_steps", "dtype", "seed", "communicator"}
-NOT_WRITTEN |= {"profile", "observe"}
+NOT_WRITTEN |= {"profile", "observe", "rank_shares", "loss", "parameters"}
 
 
 @pytest.mark.parametrize(
     ("schema", "built", "others"),
     [
         (experiment.HyLo, HyLo.__init__, {"refresh_every"}),
+        (experiment.KFAC, KFAC.__init__, {"factor_every", "inverse_every"}),
+        (experiment.MFAC, MFAC.__init__, set()),
+        (experiment.GGT, GGT.__init__, set()),
         (experiment.Switch, SwitchRule.__init__, set()),
         (experiment.DampingDecay, DampingDecay.__init__, set()),
     ],
@@ -67,3 +70,72 @@ def test_both_refuse(fields: dict[str, Any]) -> None:
         experiment.HyLo.model_validate({"name": "hylo", **fields})
     with pytest.raises(ValueError, match=r"\w"):
         HyLo(models.mlp(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("schema", "build", "fields"),
+    [
+        (experiment.MFAC, MFAC, {"storage": "sparse", "entries": "bf16+int16", "early": "error"}),
+        (experiment.MFAC, MFAC, {"storage": "lowrank", "low_rank": 2, "scale_rule": "count"}),
+        (experiment.GGT, GGT, {"storage": "sparse", "beta1": 0.0, "beta2": 1.0, "skip": ["^0$"]}),
+    ],
+)
+def test_what_the_window_schemas_accept_is_built(schema: Any, build: Any, fields: dict[str, Any]) -> None:
+    written = schema.model_validate({"name": build.__name__.lower(), **fields}).model_dump()
+    del written["name"]
+    assert build(models.mlp(), **written).capacity == written["num_grads"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "build", "fields"),
+    [
+        (experiment.MFAC, MFAC, {"num_grads": 0}),
+        (experiment.MFAC, MFAC, {"storage": "sparse", "density": 0.0}),
+        (experiment.MFAC, MFAC, {"damping": 0.0}),
+        (experiment.GGT, GGT, {"beta1": 0.9, "beta2": 0.5}),
+        (experiment.GGT, GGT, {"eps": 0.0}),
+    ],
+)
+def test_both_refuse_for_windows(schema: Any, build: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        schema.model_validate({"name": build.__name__.lower(), **fields})
+    with pytest.raises(ValueError, match=r"\w"):
+        build(models.mlp(), **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"inverse": "cholesky", "pi_split": False, "sharing": "reduce", "kl_clip": 1e-3, "rescale": "norm"},
+        {"fisher": "mc", "mc_samples": 4, "factor_dtype": "bfloat16", "inverse_dtype": "float32"},
+        {"damping": {"initial": 0.3, "target": 0.03, "epochs": 20}, "skip": ["^0$"], "largest_factor": 100},
+        {"factors": "local", "grad_worker_fraction": 0.0, "placement_cost": "memory", "inverse_every": 0},
+        {"stagger": True, "colocate": False},
+    ],
+)
+def test_what_the_kfac_schema_accepts_is_built(fields: dict[str, Any]) -> None:
+    written = experiment.KFAC.model_validate({"name": "kfac", **fields}).model_dump()
+    del written["name"]
+    kfac = KFAC(models.mlp(), **written)
+    assert kfac.diagnostics().method == written["inverse"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mc_samples": 4},
+        {"pi_split": False},
+        {"factors": "local", "colocate": False},
+        {"factor_decay": 1.0},
+        {"factor_every": -1},
+        {"damping": 0.0},
+        {"largest_factor": 0},
+        {"grad_worker_fraction": 1.5},
+    ],
+    ids=str,
+)
+def test_both_refuse_for_kfac(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        experiment.KFAC.model_validate({"name": "kfac", **fields})
+    with pytest.raises(ValueError, match=r"\w"):
+        KFAC(models.mlp(), **fields)

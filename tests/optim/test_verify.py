@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import math
 from typing import Any
 
@@ -126,11 +125,17 @@ def test_unused_layers_are_skipped() -> None:
     assert checks["head"].error < 1e-10
 
 
-def test_large_batches_are_cut(caplog: pytest.LogCaptureFixture) -> None:
+def test_large_batches_are_cut() -> None:
     model = models.mlp()
     hylo = HyLo(model, damping=DAMPING)
     x, target = oracle.batch(models.mlp(), (20, 5))
-    with caplog.at_level(logging.INFO):
-        cut = hylo.verify((x, target), half_square, max_samples=8)
+    cut = hylo.verify((x, target), half_square, max_samples=8)
     assert cut == hylo.verify((x[:8], target[:8]), half_square)
-    assert "0: error" in caplog.text
+
+
+def test_error_and_strength_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    hylo = HyLo(models.mlp(), damping=DAMPING)
+    checks = hylo.verify(oracle.batch(models.mlp(), (6, 5)), half_square)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["compared with the dense oracle:", *map(str, checks)]
+    assert lines[1].startswith(f"0: error {checks[0].error:.3g}, second-order strength ")

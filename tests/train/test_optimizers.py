@@ -128,3 +128,28 @@ def test_the_preconditioner_measures_what_the_diagnostics_say() -> None:
 def test_a_diagnostic_of_the_preconditioner_needs_one(name: str) -> None:
     with pytest.raises(SettingError, match=f"diagnostics.{name} measure a preconditioner"):
         build_preconditioner(net(), experiment(diagnostics={name: True}), seed=0)
+
+
+def test_kfac_is_built_for_the_loss() -> None:
+    config = experiment(
+        preconditioner={"name": "kfac", "fisher": "mc", "mc_samples": 2, "factor_dtype": "bfloat16"},
+        diagnostics={"profiling": True},
+    )
+    model = net()
+    preconditioner = build_preconditioner(model, config, seed=0)
+    assert preconditioner is not None
+    outputs = model(torch.randn(8, 1, 4, 4))
+    preconditioner.before_backward(outputs)
+    nn.functional.cross_entropy(outputs, torch.arange(8) % 3).backward()
+    preconditioner.step()
+    record = preconditioner.diagnostics()
+    assert {"capture", "reduce", "invert", "precondition"} <= {item.phase for item in record.phases}
+    assert record.failures == 0
+
+
+@pytest.mark.parametrize("name", ["rank_analysis", "grad_error"])
+def test_kfac_has_no_kernels_to_measure(name: str) -> None:
+    with pytest.raises(SettingError, match=f"diagnostics.{name} measure what hylo has and kfac has not"):
+        build_preconditioner(
+            net(), experiment(preconditioner={"name": "kfac"}, diagnostics={name: True}), seed=0
+        )

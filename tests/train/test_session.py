@@ -173,6 +173,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
 def test_diagnostics_write_their_tables(tmp_path: Path) -> None:
     switches = ("profiling", "rank_analysis", "grad_norm", "grad_error")
     settings = {f"diagnostics.{name}": "true" for name in switches} | HYLO
+    settings["diagnostics.rank_shares"] = "[0.5, 0.9]"
     run = make_run(tmp_path, epochs=1, **settings, **{"preconditioner.method": "kis"})
     assert train(run)
     phases = {row["phase"] for row in rows(run, "profiling", rank=0)}
@@ -180,10 +181,27 @@ def test_diagnostics_write_their_tables(tmp_path: Path) -> None:
     refreshes = {row["step"] for row in rows(run, "profiling", rank=0) if row["refresh"]}
     assert refreshes == {1, 4, 7, 10, 13}
     assert {row["step"] for row in rows(run, "rank_analysis")} == refreshes
+    assert {row["share"] for row in rows(run, "rank_analysis")} == {0.5, 0.9}
     assert {row["step"] for row in rows(run, "grad_error")} == refreshes
     assert {row["layer"] for row in rows(run, "grad_norm")} == {"0", "2", "6", "8"}
     assert {row["step"] for row in rows(run, "grad_norm")} == set(range(1, 14))
     assert all(row["size_bytes"] > 0 for row in rows(run, "memory"))
+
+
+WINDOWS = {
+    "mfac": {"preconditioner": "{name: mfac, num_grads: 8, damping: 0.1}"},
+    "sparse mfac": {"preconditioner": "{name: mfac, num_grads: 8, damping: 0.1, storage: sparse}"},
+    "ggt": {"preconditioner": "{name: ggt, num_grads: 8, eps: 0.1}"},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_train_and_say_how_much_they_precondition(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path, epochs=1, **WINDOWS[name], **{"diagnostics.quantify_every": "5"})
+    assert train(run)
+    measured = rows(run, "quantify")
+    assert [row["step"] for row in measured] == [1, 6, 11]
+    assert all(0 <= row["angle_deg"] <= 180 and row["norm_u"] > 0 for row in measured)
 
 
 def test_profiling_and_norms_need_no_preconditioner(tmp_path: Path) -> None:

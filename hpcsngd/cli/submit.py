@@ -1,0 +1,104 @@
+"""The verb ``submit``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpcsngd.cli.arguments import configuration, resolve_choice
+from hpcsngd.cli.output import print_json, shown
+from hpcsngd.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED
+
+if TYPE_CHECKING:
+    from hpcsngd.config.resolve import Resolved
+    from hpcsngd.rundir import RunDir, Status
+
+
+@click.command()
+@configuration
+@click.option("--dry-run", is_flag=True, help="Print the exact script and per-node command; write nothing.")
+@click.option("--wait", "wait_for_it", is_flag=True, help="Stay until the run ends, then write its report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run, job and result as JSON.")
+def submit(*, dry_run: bool, wait_for_it: bool, as_json: bool, **choice: Any) -> None:
+    """Submit an experiment to a site.
+
+    The run directory is printed; it holds everything about the run. Without --wait the command returns as
+    soon as the scheduler has the job.
+    """
+    resolved = resolve_choice(**choice)
+    if dry_run:
+        from hpcsngd.launch.scripts import dry_run as render
+
+        click.echo(render(resolved))
+        return
+    from hpcsngd.launch.submit import submit as send
+
+    submitted = send(resolved, argv=sys.argv[1:])
+    run = submitted.run
+    if not as_json:
+        click.echo(f"submitted {run.name}: job {submitted.job_id} on site {resolved.site_name}")
+        click.echo(f"run directory: {run.path}")
+    status = _wait(run, resolved, quiet=as_json) if wait_for_it else None
+    report_path = _write_own_report(run) if status else None
+    if as_json:
+        print_json(_submission_record(run, submitted.job_id, status, report_path))
+    elif status:
+        _print_outcome(run, status, report_path)
+    else:
+        click.echo(f"follow it with: hpcsngd status {shown(run.path)}")
+    if status and status.state != "completed":
+        raise SystemExit(EXIT_RUN_FAILED)
+
+
+def _wait(run: RunDir, resolved: Resolved, *, quiet: bool) -> Status:
+    from hpcsngd.launch.submit import wait
+    from hpcsngd.progress import progress
+
+    try:
+        with progress(resolved.experiment.epochs, quiet=quiet) as update:
+            return wait(run, poll_s=resolved.site.scheduler.poll_s, on_update=update)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nno longer waiting; the run goes on. Come back with: hpcsngd status {shown(run.path)}",
+            err=True,
+        )
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _write_own_report(run: RunDir) -> Path | None:
+    try:
+        from hpcsngd_analysis.report import write_report
+    except ImportError:
+        click.echo("no report: it needs the extra 'analysis' (pip install 'hpcsngd[analysis]')", err=True)
+        return None
+    return write_report([run.path], run.report_html)
+
+
+def _submission_record(
+    run: RunDir, job_id: str, status: Status | None, report_path: Path | None
+) -> dict[str, Any]:
+    import dataclasses
+
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "job_id": job_id,
+        "status": dataclasses.asdict(status) if status else None,
+        "report": str(report_path) if report_path else None,
+    }
+
+
+def _print_outcome(run: RunDir, status: Status, report_path: Path | None) -> None:
+    if status.state == "completed":
+        result = status.result or {}
+        click.echo(f"test accuracy: {result['test_accuracy']:.4f} after {result['epochs']:g} epochs")
+        click.echo(f"time: {result['train_s']:.1f} s of training, {result['wall_s']:.1f} s in all")
+    else:
+        click.echo(f"{status.state}: {status.reason}", err=True)
+        click.echo(f"logs: {shown(run.attempt(status.attempt).logs)}", err=True)
+    click.echo(f"run directory: {run.path}")
+    if report_path:
+        click.echo(f"report: {report_path}")

@@ -1,0 +1,238 @@
+"""The last m gradients, stored in full, sparse or as factors of low rank.
+
+A history answers two questions, both over its first ``count`` slots; G has one row per slot:
+
+    products   G x         (``x``: d entries, the answer: ``count``)
+    combine    G^T c       (``c``: ``count`` entries, the answer: d)
+
+Bytes moved by either, with k entries kept per gradient: dense ``4 m d``; sparse ``m k`` times the bytes per
+entry, plus ``4 d``; low rank ``4 m rank (n_1 + n_2)`` per ``n_1 x n_2`` tensor. Rows are written round a ring
+(`hpcsngd.optim.window`); an unwritten row is never read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Entries of a sparse history that are widened at once: bounds the temporary memory of both products.
+CHUNK_ENTRIES = 1 << 22
+
+
+class History(ABC):
+    """Stored gradients; what a row is made from differs by storage."""
+
+    capacity: int
+
+    @abstractmethod
+    def products(self, vector: Tensor, count: int) -> Tensor:
+        """Returns ``G x`` over the first ``count`` slots."""
+
+    @abstractmethod
+    def inner(self, slot: int, count: int) -> Tensor:
+        """Returns the products of one stored row with the first ``count`` rows."""
+
+    @abstractmethod
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Returns ``G^T c`` over as many slots as there are coefficients."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns everything stored, by name."""
+
+    def row(self, slot: int) -> Tensor:
+        """Returns one stored row as a dense vector."""
+        unit = torch.zeros(slot + 1, dtype=torch.float64)
+        unit[slot] = 1
+        return self.combine(unit)
+
+    def memory_bytes(self) -> int:
+        """Returns the bytes stored."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+class DenseHistory(History):
+    """Gradients in full: ``m d`` numbers.
+
+    Args:
+        capacity: m, the number of slots.
+        size: d.
+        dtype: of the numbers.
+        device: where they are.
+    """
+
+    def __init__(self, capacity: int, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
+        self._rows = torch.zeros(capacity, size, dtype=dtype, device=device)
+
+    def write(self, slot: int, vector: Tensor) -> None:
+        """Stores a gradient."""
+        self._rows[slot] = vector
+
+    def products(self, vector: Tensor, count: int) -> Tensor:
+        """Returns ``G x``."""
+        return self._rows[:count] @ vector
+
+    def inner(self, slot: int, count: int) -> Tensor:
+        """Returns the products of one stored row with the others."""
+        return self._rows[:count] @ self._rows[slot]
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Returns ``G^T c``."""
+        return coefficients.to(self._rows) @ self._rows[: len(coefficients)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the rows."""
+        return {"rows": self._rows}
+
+
+class SparseHistory(History):
+    """Chosen entries of gradients: ``m k`` values and positions.
+
+    Positions are relative to the start of their block (`hpcsngd.optim.topk`), as integers of 32 or 16 bits:
+    8, 6 or, with bfloat16 values, 4 bytes per entry. EFCP's format takes 12.
+
+    Args:
+        capacity: m, the number of slots.
+        size: d.
+        offsets: start of each kept entry's block, int32, shape ``(k,)``.
+        value_dtype: of the values.
+        is_short: whether positions have 16 bits.
+        dtype: that products are computed in.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        size: int,
+        offsets: Tensor,
+        *,
+        value_dtype: torch.dtype,
+        is_short: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.capacity = capacity
+        self._size = size
+        self._dtype = dtype
+        self._offsets = offsets
+        shape, device = (capacity, len(offsets)), offsets.device
+        self._values = torch.zeros(shape, dtype=value_dtype, device=device)
+        index_dtype = torch.int16 if is_short else torch.int32
+        self._positions = torch.zeros(shape, dtype=index_dtype, device=device)
+
+    def write(self, slot: int, values: Tensor, positions: Tensor) -> None:
+        """Stores the chosen entries of a gradient; positions are absolute."""
+        self._values[slot] = values
+        self._positions[slot] = (positions - self._offsets).to(self._positions.dtype)
+
+    def products(self, vector: Tensor, count: int) -> Tensor:
+        """Returns ``G x``."""
+        parts = [
+            (vector.index_select(0, positions.view(-1)).view_as(values) * values).sum(1)
+            for values, positions in self._chunks(count)
+        ]
+        return torch.cat(parts)
+
+    def inner(self, slot: int, count: int) -> Tensor:
+        """Returns the products of one stored row with the others."""
+        return self.products(self.row(slot), count)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Returns ``G^T c``."""
+        result = torch.zeros(self._size, dtype=self._dtype, device=self._values.device)
+        start = 0
+        for values, positions in self._chunks(len(coefficients)):
+            weights = coefficients[start : start + len(values)].to(result)
+            result.index_add_(0, positions.view(-1), (weights[:, None] * values).view(-1))
+            start += len(values)
+        return result
+
+    def row(self, slot: int) -> Tensor:
+        """Returns one stored row as a dense vector."""
+        vector = torch.zeros(self._size, dtype=self._dtype, device=self._values.device)
+        vector[self._widened(slice(slot, slot + 1))[0].long()] = self._values[slot].to(self._dtype)
+        return vector
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns values and positions."""
+        return {"values": self._values, "positions": self._positions}
+
+    def _chunks(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Returns values and absolute positions of the first ``count`` rows, a few rows at a time."""
+        rows = max(1, CHUNK_ENTRIES // max(1, self._values.shape[1]))
+        slices = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+        return [(self._values[part].to(self._dtype), self._widened(part)) for part in slices]
+
+    def _widened(self, rows: slice) -> Tensor:
+        return self._positions[rows].to(torch.int32) + self._offsets
+
+
+class LowRankHistory(History):
+    """Gradients as products ``P Q^T``, tensor by tensor: ``m rank (n_1 + n_2)`` numbers for ``n_1 x n_2``.
+
+    Args:
+        capacity: m, the number of slots.
+        shapes: ``(n_1, n_2, rank)`` of each tensor; ``n_2 = rank = 1`` stores it in full.
+        dtype: of the numbers.
+        device: where they are.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        shapes: Sequence[tuple[int, int, int]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.capacity = capacity
+        empty = self._empty = torch.zeros(0, dtype=dtype, device=device)
+        # (slots, rank, n): slots and ranks join to one dimension without a copy
+        self._left = [empty.new_zeros(capacity, rank, n1) for n1, _, rank in shapes]
+        self._right = [empty.new_zeros(capacity, rank, n2) for _, n2, rank in shapes]
+
+    def write(self, slot: int, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Stores the factors of every tensor, ``(n_1, rank)`` and ``(n_2, rank)``."""
+        for left, right, (p, q) in zip(self._left, self._right, factors, strict=True):
+            left[slot], right[slot] = p.mT, q.mT
+
+    def products(self, vector: Tensor, count: int) -> Tensor:
+        """Returns ``G x``: the sum over tensors of ``<P_i Q_i^T, X> = sum((X Q_i) * P_i)``."""
+        total = self._empty.new_zeros(count)
+        for (left, right), part in zip(self._pairs(), self._split(vector), strict=True):
+            applied = right[:count].flatten(0, 1) @ part.mT
+            total += (applied * left[:count].flatten(0, 1)).view(count, -1).sum(1)
+        return total
+
+    def inner(self, slot: int, count: int) -> Tensor:
+        """Returns ``<P_i Q_i^T, P_j Q_j^T> = sum((P_i^T P_j) * (Q_i^T Q_j))``, summed over tensors."""
+        total = self._empty.new_zeros(count)
+        for left, right in self._pairs():
+            p = left[:count].flatten(0, 1) @ left[slot].mT
+            q = right[:count].flatten(0, 1) @ right[slot].mT
+            total += (p * q).view(count, -1).sum(1)
+        return total
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Returns ``G^T c``: per tensor one product of ``(n_1, m rank)`` and ``(m rank, n_2)``."""
+        count, parts = len(coefficients), []
+        for left, right in self._pairs():
+            weighted = left[:count] * coefficients.to(left)[:, None, None]
+            parts.append((weighted.flatten(0, 1).mT @ right[:count].flatten(0, 1)).reshape(-1))
+        return torch.cat([self._empty, *parts])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the factors, by place of the tensor."""
+        left = {f"left.{index}": tensor for index, tensor in enumerate(self._left)}
+        return left | {f"right.{index}": tensor for index, tensor in enumerate(self._right)}
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._left, self._right, strict=True))
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        shapes = [(left.shape[2], right.shape[2]) for left, right in self._pairs()]
+        parts = torch.split(vector, [n1 * n2 for n1, n2 in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
