@@ -159,7 +159,7 @@ def hold_out(source: Path, root: Path, count: int) -> None:
 
 
 def _is_same(run: RunDir, wanted: Resolved) -> bool:
-    """Returns whether a run trained what is wanted; keys that were added since then count by their defaults."""
+    """Returns whether a run trained what is wanted; keys added since then count by their defaults."""
     try:
         found = from_record(run.record()["config"])
     except ConfigError:  # a key is gone or means something else
