@@ -25,7 +25,8 @@ from hpcsngd import rundir
 from hpcsngd.config import strict
 from hpcsngd.config.catalogue import DATASETS
 from hpcsngd.config.fields import Strict
-from hpcsngd.config.resolve import Override, Resolved, resolve
+from hpcsngd.config.resolve import Override, Resolved, from_record, resolve
+from hpcsngd.errors import ConfigError
 from hpcsngd.launch.submit import submit, wait
 from hpcsngd.rundir import RunDir
 
@@ -115,12 +116,10 @@ def run_cells(study: Study) -> list[Cell]:
 
 def ended_run(folder: Path, cell: Cell) -> RunDir | None:
     """Returns the run of a cell that has ended: completed, or gone to NaN, which is a result as well."""
-    wanted = cell.resolve().to_record()
+    wanted = cell.resolve()
     for file in sorted(folder.glob("*/run.yaml")):
         run = rundir.open_run(file.parent)
-        config = run.record()["config"]
-        is_cell = config["exp_name"] == wanted["exp_name"] and _facts(config) == _facts(wanted)
-        if is_cell and _has_result(run):
+        if _is_same(run, wanted) and _has_result(run):
             return run
     return None
 
@@ -159,8 +158,17 @@ def hold_out(source: Path, root: Path, count: int) -> None:
             (folder / f"{split}-{kind}-ubyte").write_bytes(head + values)
 
 
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config["experiment"].items() if key not in PROSE}
+def _is_same(run: RunDir, wanted: Resolved) -> bool:
+    """Returns whether a run trained what is wanted; keys added since then count by their defaults."""
+    try:
+        found = from_record(run.record()["config"])
+    except ConfigError:  # a key is gone or means something else
+        return False
+    return found.exp_name == wanted.exp_name and _facts(found) == _facts(wanted)
+
+
+def _facts(resolved: Resolved) -> dict[str, Any]:
+    return resolved.experiment.model_dump(exclude=set(PROSE))
 
 
 def _has_result(run: RunDir) -> bool:

@@ -132,6 +132,17 @@ def test_a_run_that_ended_is_found_again(tmp_path: Path, cell: study.Cell, statu
     assert study.ended_run(tmp_path, cell) is not None
 
 
+def test_keys_added_since_a_run_do_not_ask_for_it_again(tmp_path: Path, cell: study.Cell) -> None:
+    run = run_of(cell, tmp_path, "run")
+    record = run.record()
+    del record["config"]["experiment"]["clip_norm"]
+    rundir.write_yaml(run.run_yaml, record)
+    assert study.ended_run(tmp_path, cell) == run
+    record["config"]["experiment"]["gone_since"] = 1
+    rundir.write_yaml(run.run_yaml, record)
+    assert study.ended_run(tmp_path, cell) is None
+
+
 @pytest.mark.parametrize("status", [None, Status("failed", "out of memory", 1, fault={"kind": "memory"})])
 def test_a_run_without_result_is_trained_again(
     tmp_path: Path, cell: study.Cell, status: Status | None
@@ -225,7 +236,7 @@ def test_a_seed_that_missed_the_target_forbids_a_verdict_on_time() -> None:
     ],
 )
 def test_verdicts(low: float, high: float, better: int, expected: str) -> None:
-    interval = numbers.stats.Interval((low + high) / 2, low, high)
+    interval = numbers.stats.Interval((low + high) / 2, low, high, n=3)
     assert numbers.verdict(interval, better) == expected
     assert numbers.verdict(None, better) == "cannot tell"
 
