@@ -136,10 +136,10 @@ def _stop_ending(context: Context, stop: Stop, how: str) -> Ending:
     signals = stop.words() or "a stop request"
     if context.attempt.cancel_request.exists():
         return Ending("cancelled", "cancelled", f"cancelled; the workers {how}")
-    if stop.is_at_limit or context.is_near_limit:
+    fate = _fate(context) if context.place.is_leader else "unknown"
+    if fate not in ("restarting", "preempted") and (stop.is_at_limit or context.is_near_limit):
         text = f"wall time of {context.plan.walltime_min} min reached; the workers {how}"
         return Ending("timeout", "timeout", text)
-    fate = _fate(context) if context.place.is_leader else "unknown"
     if fate == "restarting":
         text = f"Slurm puts the job back in the queue ({signals}); the workers {how}"
         return Ending("preempted", "preempted", text, is_restarting=True)

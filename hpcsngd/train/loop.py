@@ -167,7 +167,7 @@ class Trainer:
         self._pulse.at("update")
         self._update(size)
         self.progress.step += 1
-        self._pulse.at("update", self.progress.step)
+        self._pulse.at("between steps", self.progress.step)
         self.progress.samples += size
         self.progress.row.add(loss, correct, size)
         self.progress.epoch.add(loss, correct, size)
