@@ -238,7 +238,7 @@ def _finish(context: Context, ending: Ending) -> None:
         return
     if against is None:
         try:
-            requeue.go_on(context.run, context.plan, context.attempt, context.place.job_id, facts)
+            requeue.go_on(context.run, context.plan, context.attempt, context.place, facts)
         except SchedulerError as error:
             against = str(error)
         else:

@@ -316,11 +316,11 @@ def test_a_job_that_slurm_starts_again_is_left_to_slurm(
 def test_a_stopped_run_that_may_go_on_gets_no_status(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[str] = []
+    sent: list[Place] = []
     monkeypatch.setattr(requeue, "go_on", lambda *given: sent.append(given[3]))
     willing = instead(context, restart_on=("preempted",), max_attempts=2)
     outcome.conclude(willing, Ended("itself", 75, []), stopped(signal.SIGUSR2))
-    assert (sent, context.run.status()) == (["7"], None)
+    assert (sent, context.run.status()) == ([context.place], None)
 
 
 def test_a_run_that_cannot_be_requeued_says_why(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,7 +343,8 @@ def test_a_node_that_dies_and_a_rank_that_hangs(
     crash(testbed)
     wait_until(bereft.attempt(1).ended_yaml.exists, "the agent's notice of the lost node")
     told = end_of(bereft, 1)
-    assert (told["cause"], told["next"]) == ("node_failure", "requeue")
+    assert told["cause"] == "node_failure"
+    assert told["next"] in ("requeue", "scheduler")  # whoever was quicker
     assert told["reason"].startswith(f"node failure: node 1 fell silent (node 1 on {slurm_cluster.nodes[1]}")
     bring_back(slurm_cluster, testbed)
     ended = submit.wait(hung, poll_s=0.5)
