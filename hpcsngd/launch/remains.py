@@ -41,13 +41,13 @@ def read(run: RunDir, attempt: Attempt, *, may_be_complete: bool) -> Ending | No
     """
     if attempt.cancel_request.exists():
         return Ending("cancelled", cancelled_by(attempt))
-    if faults := attempt.faults():
+    # an echo says that another process ended, not why
+    if faults := [fault for fault in attempt.faults() if not fault.is_echo]:
         return _failed(faults[0])
     if may_be_complete and attempt.finished_yaml.exists():
         result = rundir.read_yaml(attempt.finished_yaml)
         return Ending("completed", "training reached its end; its agent left no status", result=result)
-    found = _first_verdict(run, attempt)
-    return _failed(found) if found else None
+    return _first_verdict(run, attempt)
 
 
 def cancelled_by(attempt: Attempt) -> str:
@@ -62,12 +62,12 @@ def _failed(fault: Fault) -> Ending:
     return Ending(STATE_OF_KIND.get(fault.kind, "failed"), fault.line(), fault)
 
 
-def _first_verdict(run: RunDir, attempt: Attempt) -> Fault | None:
-    """Returns the cause that the logs name without doubt, the scheduler's own words first."""
+def _first_verdict(run: RunDir, attempt: Attempt) -> Ending | None:
+    """Returns the ending that the logs name without doubt, the scheduler's own words first."""
     for file in _logs(run, attempt):
         found = verdict.recognize(_tail(file))
         if found:
-            return Fault(
+            fault = Fault(
                 kind=found.kind,
                 message=found.message,
                 host=found.host or _host(attempt),
@@ -75,6 +75,10 @@ def _first_verdict(run: RunDir, attempt: Attempt) -> Fault | None:
                 node=0,
                 evidence=found.evidence,
             )
+            is_slurms = bool(found.utc)  # only slurmstepd dates its words so
+            if found.kind == "killed" and is_slurms:
+                return Ending("cancelled", fault.line(), fault)
+            return _failed(fault)
     return None
 
 

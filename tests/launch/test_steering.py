@@ -95,6 +95,19 @@ def test_slurms_words_in_the_jobs_log_are_a_verdict(run: rundir.RunDir) -> None:
     assert (state.state, state.fault_kind, (state.fault or {})["host"]) == ("timeout", "walltime", "node7")
 
 
+def test_a_cancel_in_the_jobs_log_is_no_failure(run: rundir.RunDir) -> None:
+    words = "slurmstepd: error: *** JOB 4711 ON node7 CANCELLED AT 2026-11-21T10:00:00 ***"
+    (run.submit_dir / "4711_0_log.err").write_text(f"{words}\n")
+    state = state_of(run)
+    assert (state.state, state.fault_kind) == ("cancelled", "killed")
+
+
+def test_an_echo_alone_names_no_cause(run: rundir.RunDir) -> None:
+    torn = rundir.Fault("rendezvous", "connection reset by peer", "node2", rank=1, is_echo=True)
+    begin(run).write_fault(torn)
+    assert state_of(run).state == "lost"
+
+
 def test_an_agent_that_cannot_start_says_so_in_the_jobs_log(run: rundir.RunDir) -> None:
     (run.submit_dir / "4711_0_log.err").write_text("ModuleNotFoundError: No module named 'submitit'\n")
     state = state_of(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,8 +143,11 @@ def test_status_without_accounting_and_after_slurm_has_forgotten(
     run.status_yaml.unlink()
     assert state_of(run).state == "cancelled"
     run.attempt(1).cancel_request.unlink()
+    shutil.rmtree(run.attempt(1).path / "faults", ignore_errors=True)
+    for file in run.submit_dir.glob("*_log.err"):
+        file.unlink()
     state = state_of(run)
-    assert state.state == "lost"
+    assert state.state == "lost", state.reason
     assert "Slurm no longer knows" in state.reason
     assert "accounting storage is disabled" in state.reason
 
