@@ -14,7 +14,7 @@ import yaml
 from hpcsngd import rundir
 from hpcsngd.config import matrix
 from hpcsngd.config.matrix import Matrix
-from hpcsngd.launch import slurm, status, sweep, sweep_status
+from hpcsngd.launch import cancel, slurm, status, sweep, sweep_status
 from hpcsngd.rundir import Status
 
 from .conftest import STANDIN, Configure, site_data
@@ -127,10 +127,10 @@ def test_members_of_an_array_are_ordinary_jobs(
     subprocess.run(["scancel", ids[1]], check=True)
     subprocess.run(["scontrol", "requeue", ids[0]], check=True)
     wait_until(first.attempt(2).attempt_yaml.exists, "the second attempt of the first")
-    first.attempt(2).stop_request.touch()
     assert rundir.read_yaml(first.attempt(2).attempt_yaml)["job_id"] == ids[0]
     assert status.states([second])[0].state == "cancelled"
-    wait_until(lambda: status.states([first])[0].has_ended, "the end of the first")
+    assert [each.was_sent for each in cancel.cancel(submitted.sweep.runs())] == [True, False]
+    wait_until(lambda: sweep_status.look(submitted.sweep).counts == {"cancelled": 2}, "the end of the first")
 
 
 def test_a_thousand_cells_are_one_call(
