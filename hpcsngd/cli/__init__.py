@@ -21,6 +21,7 @@ VERBS = {
     "submit": "submit",
     "status": "status",
     "report": "report",
+    "container": "container",
     "show": "configuration",
     "sites": "configuration",
     "experiments": "configuration",

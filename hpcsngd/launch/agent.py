@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpcsngd import __version__, rundir
-from hpcsngd.launch import commands, environment, outcome, place, ports, processes, verdict
+from hpcsngd.launch import commands, container, environment, outcome, place, ports, processes, verdict
 from hpcsngd.launch.outcome import AgentFaultError, Ended
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
@@ -184,7 +184,11 @@ class Supervisor:
         return meeting if meeting.generation > self._generation else None
 
     def _start(self, meeting: Rendezvous) -> processes.Child:
-        plan, here = self._plan, self._place
+        here = self._place
+        try:
+            plan = container.settle(self._plan)
+        except ValueError as error:
+            raise AgentFaultError("configuration", str(error)) from error
         shared = environment.worker_environment(os.environ, plan)
         number = self._attempt.number
         run_dir = str(self._run.path)
