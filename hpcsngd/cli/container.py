@@ -56,7 +56,7 @@ def _choice(command: Callable[..., None]) -> Callable[..., None]:
 def define(*, out: Path | None, **choice: Any) -> None:
     """Write a complete definition file.
 
-    Build it with: cd FOLDER && apptainer build IMAGE.sif FILE.def
+    Build it with: cd FOLDER && apptainer build --force IMAGE.sif FILE.def
     """
     from hpcsngd.launch.images import code
     from hpcsngd.launch.images.definition import render
@@ -72,7 +72,7 @@ def define(*, out: Path | None, **choice: Any) -> None:
         click.echo(f"{wheel}: hpcsngd for the image", err=True)
     folder = shlex.quote(str(out.absolute().parent))
     click.echo(f"{out}: build it with")
-    click.echo(f"  cd {folder} && apptainer build IMAGE.sif {shlex.quote(out.name)}")
+    click.echo(f"  cd {folder} && apptainer build --force IMAGE.sif {shlex.quote(out.name)}")
 
 
 @container.command()

@@ -35,7 +35,6 @@ PASSED = (
 """Variables that workers get, besides the site's own; ``*`` stands for any ending. No paths of the host."""
 
 _PREFIXES = ("APPTAINERENV_", "SINGULARITYENV_")
-_CONTAINED = {"-c", "--contain", "-C", "--containall"}
 _PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?")
 _PACKAGE = Path(fingerprint.__file__).parent
 
@@ -64,8 +63,6 @@ def binds(container: Container, always: Iterable[str]) -> tuple[str, ...]:
         ours.append(f"{escaped(str(_PACKAGE))}:{CODE_IN_IMAGE}/hpcsngd:ro")
     if container.tmp:
         ours.append(f"{escaped(container.tmp)}:/tmp")
-    if _CONTAINED.intersection(container.args):
-        ours.append("/dev/shm")  # noqa: S108 - contained, it would be too small for workers that exchange batches
     return tuple(dict.fromkeys([*ours, *map(_at_home, container.binds)]))
 
 
@@ -139,7 +136,10 @@ def settle(plan: Plan, *, exists: Callable[[str], bool] = os.path.exists) -> Pla
 
 
 def escaped(path: str) -> str:
-    """Returns a path as ``--bind`` reads it: there, comma and colon separate."""
+    """Returns a path as ``--bind`` reads it: there, comma and colon separate.
+
+    Apptainer 1.4 fails on a path that has both, if options follow; either alone works.
+    """
     return re.sub(r"([,:])", r"\\\1", path)
 
 

@@ -60,9 +60,8 @@ def test_the_submitters_code_is_bound_over_that_of_the_image() -> None:
     assert container.binds(site(code="image"), []) == ()
 
 
-def test_tmp_and_shared_memory() -> None:
+def test_a_folder_of_the_node_can_be_tmp() -> None:
     assert container.binds(site(tmp="/local ssd"), []) == ("/local ssd:/tmp",)
-    assert container.binds(site(args=["--containall"]), []) == ("/dev/shm",)
 
 
 @pytest.mark.parametrize("path", ["/a b", "/it's", '/"', "/a,b", "/a:b", "/plain"])

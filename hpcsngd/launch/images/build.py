@@ -66,8 +66,12 @@ class Job:
 
 
 def command(job: Job, target: Path, definition: Path) -> list[str]:
-    """Returns the words that build a definition into a target. Options come first: the runtime insists."""
-    words = [job.runtime, "build"]
+    """Returns the words that build a definition into a target. Options come first: the runtime insists.
+
+    ``--force``, because without it the labels of a parent image win over ours; `build` looks after what is at
+    the target.
+    """
+    words = [job.runtime, "build", "--force"]
     words += {"plain": [], "fakeroot": ["--fakeroot"], "remote": ["--remote"]}[job.options.how]
     for bind in job.options.binds:
         words += ["--bind", bind]
@@ -89,10 +93,8 @@ def environment(options: ImageBuild, given: Mapping[str, str]) -> dict[str, str]
 
 def show(job: Job) -> str:
     """Returns the definition and the command, as text that a shell could run; writes nothing."""
-    extra = {
-        name: value for name, value in environment(job.options, {}).items() if name.startswith("APPTAINER")
-    }
-    words = [*(f"{name}={value}" for name, value in sorted(extra.items()))]
+    extra = environment(job.options, {})
+    words = [f"{name}={value}" for name, value in sorted(extra.items()) if name.startswith("APPTAINER")]
     line = shlex.join([*(["env", *words] if words else []), *command(job, job.target, Path("IMAGE.def"))])
     return f"{render(job.request)}\n# --- built with, IMAGE.def being the text above\n{line}\n"
 
@@ -129,7 +131,10 @@ def build(job: Job, *, machine: str, on_line: Callable[[str], None]) -> float:
     started = time.monotonic()
     partial = job.target.with_name(f".{job.target.stem}.{os.getpid()}.partial.sif")
     try:
-        with tempfile.TemporaryDirectory(prefix="hpcsngd-build-") as scratch, job.log.open("w") as log:
+        with (
+            tempfile.TemporaryDirectory(prefix="hpcsngd-build-") as scratch,
+            job.log.open("w", buffering=1) as log,
+        ):
             words, env = _prepare(job, Path(scratch), partial, machine)
             log.write(f"# {shlex.join(words)}\n")
             status, tail = _run(words, env, log.write, on_line)
@@ -193,7 +198,7 @@ def _run(
         start_new_session=True,
     )
     tail: list[str] = []
-    with _ended_with_us(process):
+    with process, _ended_with_us(process):
         assert process.stdout is not None  # noqa: S101 - stdout=PIPE above
         for line in process.stdout:
             for sink in sinks:
