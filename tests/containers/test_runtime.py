@@ -70,7 +70,7 @@ def test_the_environment_is_clean_but_for_the_list(made: Plan, tmp_path: Path) -
     }
     done = run(made, tmp_path, "env", **task)
     lines = set(done.stdout.splitlines())
-    assert {"CUDA_VISIBLE_DEVICES=2", "OMP_NUM_THREADS=1", "TMPDIR=/tmp", "PYTHONNOUSERSITE=1"} <= lines
+    assert {"CUDA_VISIBLE_DEVICES=2", "HPCSNGD_BACKEND=gloo", "TMPDIR=/tmp", "PYTHONNOUSERSITE=1"} <= lines
     assert "PYTHONPATH=/opt/hpcsngd/lib" in lines
     names = {line.partition("=")[0] for line in lines}
     assert not {"SECRET", "SLURM_JOB_ID"} & names
