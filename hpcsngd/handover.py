@@ -11,5 +11,8 @@ DEVICE = "HPCSNGD_DEVICE"
 BACKEND = "HPCSNGD_BACKEND"
 """Variable with the worker's torch.distributed backend: ``gloo`` or ``nccl``."""
 
+CODE = "HPCSNGD_CODE"
+"""Variable, set only for workers in an image: the submitter's code, as ``fingerprint.identity`` names it."""
+
 EXIT_STOPPED = 75
 """Exit status of a worker that checkpointed and left because it was asked to (EX_TEMPFAIL: try later)."""

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-pytest_plugins = ["tests.testbed.plugin"]
+pytest_plugins = ["tests.testbed.plugin", "tests.testbed.images"]
 
 
 @pytest.fixture(autouse=True)

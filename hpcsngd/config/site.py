@@ -65,6 +65,29 @@ class Launch(Strict):
     """How long ranks wait for each other at the start."""
 
 
+class ImageBuild(Strict):
+    """How the site's image is built; used by `hpcsngd container def` and `hpcsngd container build` alone."""
+
+    base: Literal["debian", "cuda", "cuda-ppc64le", "rocm", "local"] | None = None
+    """What the image stands on; default: by architecture and GPUs."""
+    parent: Text | None = None
+    """Image to start from instead of the base's own: a registry's name, or a path for base local."""
+    pins: dict[str, Text] = Field(default_factory=dict)
+    """Versions instead of the base's own, such as `TORCH: 2.6.0`."""
+    mirror: Text | None = None
+    """Debian mirror; default: the one that apt on the building machine uses."""
+    how: Literal["plain", "fakeroot", "remote"] = "plain"
+    """plain: as root, or as a user where the runtime can by itself; --fakeroot; --remote (SingularityCE)."""
+    binds: list[Text] = Field(default_factory=list)
+    """Bind mounts while building, such as a folder of certificates."""
+    args: list[Text] = Field(default_factory=list)
+    """More arguments for `build`."""
+    tmp: Text | None = None
+    """Folder for the runtime's scratch files; it needs about three times the image's size."""
+    compression: Literal["gzip", "zstd"] = "gzip"
+    """zstd builds three times as fast; old runtimes (3.x) may not read it."""
+
+
 class Container(Strict):
     """The image that workers run in."""
 
@@ -72,12 +95,23 @@ class Container(Strict):
     """Which runtime; auto takes whichever is installed."""
     image: str
     """Path of the .sif file."""
+    code: Literal["image", "bind"] = "image"
+    """Whether workers run the hpcsngd inside the image, or the submitter's, bound over it."""
     binds: list[Text] = Field(default_factory=list)
     """Bind mounts, `host[:inside[:options]]`; the run directory and the data root are always bound."""
+    binds_if_present: list[Text] = Field(default_factory=list)
+    """Bind mounts that are left out on nodes that lack the path."""
     gpu_flag: Literal["--nv", "--rocm", "none"] = "none"
     """Flag that brings the GPU driver into the image."""
+    pass_env: list[Text] = Field(default_factory=list)
+    """More variables that reach the workers, besides those of `env`, ranks, GPUs and libraries; `ABC_*`: all
+    that begin so."""
+    tmp: Text | None = None
+    """Folder of the node that is /tmp in the image; default: the node's own /tmp."""
     args: list[Text] = Field(default_factory=list)
     """More arguments for `exec`."""
+    build: ImageBuild = ImageBuild()
+    """How the image is built."""
 
 
 class Limit(Strict):

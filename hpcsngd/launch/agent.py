@@ -22,6 +22,7 @@ from typing import Literal
 from hpcsngd import __version__, lifeline, rundir
 from hpcsngd.launch import (
     commands,
+    container,
     environment,
     hardware,
     outcome,
@@ -209,7 +210,11 @@ class Supervisor:
         return meeting if meeting.generation > self._generation else None
 
     def _start(self, meeting: Rendezvous) -> processes.Child:
-        plan, here = self._plan, self._place
+        here = self._place
+        try:
+            plan = container.settle(self._plan)
+        except ValueError as error:
+            raise AgentFaultError("configuration", str(error)) from error
         shared = environment.worker_environment(os.environ, plan)
         number = self._attempt.number
         run_dir = str(self._run.path)

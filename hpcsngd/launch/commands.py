@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcsngd.launch import container
 from hpcsngd.launch.plan import Plan
 from hpcsngd.rundir import RunDir
 
@@ -16,11 +17,15 @@ PRELOAD_FAILED = 98
 """Exit status of the shell when a preload line failed."""
 
 
-def shell_text(preload: Sequence[str]) -> str:
+def shell_text(preload: Sequence[str], passed: Sequence[str] = ()) -> str:
     """Returns the text for ``bash -c`` that runs the preload lines, then becomes its arguments.
 
     A line that fails ends it with `PRELOAD_FAILED` and says which line it was. ``set -e`` would not do: the
     scripts behind ``module load`` and ``conda activate`` rely on commands that may fail.
+
+    Args:
+        preload: the site's lines.
+        passed: variables that go into an image.
     """
     lines = ["trap '' USR2"]  # the agent's warning signal; some process trackers hand it to every process
     for number, line in enumerate(preload, start=1):
@@ -28,13 +33,14 @@ def shell_text(preload: Sequence[str]) -> str:
         lines.append(
             f"eval {shlex.quote(line)} || {{ printf '%s\\n' {complaint} >&2; exit {PRELOAD_FAILED}; }}"
         )
+    lines += container.export_lines(passed) if passed else []
     return "\n".join([*lines, 'exec "$@"'])
 
 
 def wrap(plan: Plan, run_dir: str, command: Sequence[str]) -> list[str]:
     """Returns the command inside the plan's container and shell."""
-    inside = [*plan.container, "--bind", run_dir, plan.image] if plan.image else []
-    return ["bash", "-c", shell_text(plan.preload), "hpcsngd", *inside, *command]
+    inside = container.run_words(plan, run_dir) if plan.image else []
+    return ["bash", "-c", shell_text(plan.preload, plan.pass_env), "hpcsngd", *inside, *command]
 
 
 def worker_words(plan: Plan, run_dir: str, attempt: int) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hpcsngd.handover import BACKEND, DEVICE
+from hpcsngd.launch import container
 from hpcsngd.launch.plan import Plan
 
 SCHEDULER_PREFIXES = (
@@ -66,7 +67,7 @@ def worker_environment(agent: Mapping[str, str], plan: Plan) -> dict[str, str]:
     """Returns what all workers share: the agent's clean environment, our two words, then the site's own.
 
     ``OMP_NUM_THREADS`` becomes the cores of a rank unless the site or the submitter says otherwise: torchrun
-    would set it to 1.
+    would set it to 1. With an image, also what is set inside it.
     """
     result = clean(agent)
     if plan.cpus_per_rank:
@@ -75,7 +76,8 @@ def worker_environment(agent: Mapping[str, str], plan: Plan) -> dict[str, str]:
     result[BACKEND] = plan.backend
     if plan.mode == "torchrun":
         result[_LINE_PREFIX] = "[rank${rank}]: "
-    return result | plan.env
+    inside = container.inner_environment(plan) if plan.image else {}
+    return result | inside | plan.env
 
 
 def rank_environment(

@@ -38,6 +38,7 @@ class Host:
         exists: whether a path exists.
         image_arch: architecture of an image file, None if it cannot be told.
         runtime: the installed container runtime, None if there is none.
+        image_problem: why an image file cannot be used with a site's ``container.code``, None if it can.
     """
 
     machine: str
@@ -45,6 +46,7 @@ class Host:
     exists: Callable[[str], bool]
     image_arch: Callable[[str], str | None]
     runtime: str | None = None
+    image_problem: Callable[[str, str], str | None] = lambda path, code: None
 
     @classmethod
     def here(cls) -> Host:
@@ -55,6 +57,7 @@ class Host:
             exists=lambda path: Path(path).expanduser().exists(),
             image_arch=lambda path: container.image_arch(Path(path).expanduser()),
             runtime=next((name for name in container.RUNTIMES if shutil.which(name)), None),
+            image_problem=lambda path, code: container.image_problem(Path(path).expanduser(), code),
         )
 
 
@@ -80,8 +83,11 @@ class Plan:
         worker: the module that a worker runs.
         preload: shell lines run on each node before the workers.
         env: variables set for the workers.
-        container: words in front of the image and a worker's command; empty without an image.
+        container: words that run a command in the image, without the binds; empty without an image.
         image: the image's path; None without one.
+        binds: bind mounts of the image besides the run directory; a node that lacks one cannot run it.
+        binds_if_present: bind mounts that are left out on nodes that lack them.
+        pass_env: variables that reach the workers in an image; ``*`` stands for any ending.
         gpu_visibility: ``all`` or ``one``.
         backend: ``gloo`` or ``nccl``.
         rendezvous_timeout_s: how long ranks wait for each other at the start, in seconds.
@@ -120,6 +126,9 @@ class Plan:
     rendezvous_timeout_s: float
     ports: tuple[int, int]
     image: str | None = None
+    binds: tuple[str, ...] = ()
+    binds_if_present: tuple[str, ...] = ()
+    pass_env: tuple[str, ...] = ()
     directives: dict[str, Directive] = field(default_factory=dict)
     skip_options: tuple[str, ...] = ()
     command_timeout_s: float = 60.0
@@ -194,12 +203,11 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) 
         launcher=launch.launcher or ("srun" if site.scheduler.kind == "slurm" else "none"),
         launch_args=tuple(launch.args),
         agent_python=host.python,
+        container=container.exec_words(site.container, host.runtime) if site.container else (),
         python=launch.python or ("python" if site.container else host.python),
         worker=worker,
         preload=tuple(site.preload),
         env=dict(site.env),
-        container=_container(resolved, host),
-        image=str(Path(site.container.image).expanduser()) if site.container else None,
         gpu_visibility=launch.gpu_visibility,
         backend=_backend(launch.backend, resolved.gpus_per_node),
         rendezvous_timeout_s=launch.rendezvous_timeout_s,
@@ -212,6 +220,7 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) 
         stop_margin_s=site.stop_margin_s,
         hang_timeout_s=restart.hang_timeout_s or site.hang_timeout_s,
         start_timeout_s=max(site.start_timeout_s, launch.rendezvous_timeout_s),
+        **_image(resolved),
     )
     return dataclasses.replace(plan, directives=directives(resolved, plan))
 
@@ -273,9 +282,16 @@ def _backend(asked: str, gpus_per_node: int) -> str:
     return "nccl" if gpus_per_node else "gloo"
 
 
-def _container(resolved: Resolved, host: Host) -> tuple[str, ...]:
-    if resolved.site.container is None:
-        return ()
-    data_root = resolved.experiment.data.root or resolved.site.data_root
-    binds = [str(Path(data_root).expanduser().absolute())] if data_root else []
-    return container.exec_prefix(resolved.site.container, binds, host.runtime)
+def _image(resolved: Resolved) -> dict[str, Any]:
+    """Returns the plan's fields about the image: its path, its binds, and the variables that go in."""
+    site = resolved.site
+    if site.container is None:
+        return {}
+    data_root = resolved.experiment.data.root or site.data_root
+    always = [str(Path(data_root).expanduser().absolute())] if data_root else []
+    return {
+        "image": str(Path(site.container.image).expanduser().absolute()),
+        "binds": container.binds(site.container, []),
+        "binds_if_present": (*map(container.escaped, always), *container.optional_binds(site.container)),
+        "pass_env": container.passed_names(site.container, site.env),
+    }

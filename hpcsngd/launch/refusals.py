@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcsngd.config.catalogue import DATASETS
 from hpcsngd.config.fields import walltime_minutes, walltime_text
 from hpcsngd.config.resolve import Resolved
-from hpcsngd.config.site import Limit
+from hpcsngd.config.site import Container, Limit
+from hpcsngd.launch import container
+from hpcsngd.launch.images import check
 
 if TYPE_CHECKING:
     from hpcsngd.launch.plan import Host
@@ -138,21 +141,47 @@ def _architecture(resolved: Resolved, host: Host) -> Iterator[str]:
     nodes = host.machine if site.scheduler.kind == "local" else site.arch
     found = host.image_arch(site.container.image) if site.container else None
     if found and nodes not in ("any", found):
-        yield (
-            f"{_rule(resolved, 'container.image')}: the image is built for {found}, the nodes are {nodes} "
-            "(it would end with 'Exec format error')"
-        )
+        yield f"{_rule(resolved, 'container.image')}: {check.wrong_arch(found, nodes, resolved.site_name)}"
 
 
 def _files(resolved: Resolved, host: Host) -> Iterator[str]:
     site = resolved.site
-    if site.container and not host.exists(site.container.image):
-        yield f"{_rule(resolved, 'container.image')}: no image at {site.container.image}"
+    if site.container:
+        yield from _image(resolved, site.container, host)
     python = site.launch.python
     # a bare name is found on the node, after the preload lines; a path inside an image is the image's
     if python and "/" in python and not site.container and not host.exists(python):
         yield f"{_rule(resolved, 'launch.python')}: no Python at {python}"
     yield from _data(resolved, host)
+
+
+def _image(resolved: Resolved, wanted: Container, host: Host) -> Iterator[str]:
+    site = resolved.site
+    if not host.exists(wanted.image):
+        yield (
+            f"{_rule(resolved, 'container.image')}: no image at {wanted.image}; "
+            f"make it with: hpcsngd container build --site {resolved.site_name}"
+        )
+    elif problem := host.image_problem(wanted.image, wanted.code):
+        yield f"{_rule(resolved, 'container.image')}: {problem}"
+    try:
+        container.passed_names(wanted, ())
+    except ValueError as error:
+        yield f"{_rule(resolved, 'container.pass_env')}: {error}"
+    if site.scheduler.kind == "local":  # elsewhere the nodes may have what this machine lacks, and are asked
+        for bind in container.binds(wanted, []):
+            if not host.exists(container.source(bind)):
+                yield f"{_rule(resolved, 'container.binds')}: {container.source(bind)} does not exist"
+    root = resolved.experiment.data.root or site.data_root
+    if (
+        DATASETS[resolved.experiment.data.name].needs_root
+        and root
+        and not Path(root).expanduser().is_absolute()
+    ):
+        yield (
+            f"the data root {root} is relative, but workers in an image start in the run directory: "
+            "give an absolute path"
+        )
 
 
 def _data(resolved: Resolved, host: Host) -> Iterator[str]:

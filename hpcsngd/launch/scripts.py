@@ -52,6 +52,10 @@ _COMMAND_KEYS = (
     "site.container.binds",
     "site.container.gpu_flag",
     "site.container.args",
+    "site.container.code",
+    "site.container.binds_if_present",
+    "site.container.tmp",
+    "site.container.pass_env",
 )
 
 

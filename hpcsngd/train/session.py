@@ -130,12 +130,18 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
 
 
 def _summarize(run: RunDir, model: nn.Module, images: data.Images, device: torch.device) -> None:
-    """Writes torchinfo's table of the model; draws nothing from the random streams, leaves no trace in it."""
-    import torchinfo
+    """Writes torchinfo's table of the model; draws nothing from the random streams, leaves no trace in it.
 
-    shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        text = str(torchinfo.summary(copy.deepcopy(model), input_size=shape, device=device, verbose=0))
+    Where torchinfo is missing, as in images made of Debian's packages, the model's own words must do.
+    """
+    try:
+        import torchinfo
+    except ModuleNotFoundError:
+        text = f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters"
+    else:
+        shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            text = str(torchinfo.summary(copy.deepcopy(model), input_size=shape, device=device, verbose=0))
     run.summary_txt.write_text(text + "\n", encoding="utf-8")
     log.info("model\n%s", text)
 

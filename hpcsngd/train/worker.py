@@ -22,8 +22,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcsngd import lifeline, rundir
-from hpcsngd.handover import EXIT_STOPPED
+from hpcsngd import fingerprint, lifeline, rundir
+from hpcsngd.handover import CODE, EXIT_STOPPED
 from hpcsngd.train import faults
 from hpcsngd.train.pulse import Heartbeat, Pulse
 
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # cuBLAS reads this when it starts; without it deterministic matrix products are refused
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
+        _check_code()
         run = rundir.open_run(options.run_dir)
         pulse = Pulse(rank)
         with Heartbeat(pulse, run.attempt(options.attempt).heartbeats):
@@ -71,6 +72,16 @@ def _train(run: rundir.RunDir, attempt: int, started: float, pulse: Pulse) -> bo
     # Not after an error: leaving the group would wait for ranks that wait for this one.
     dist.shutdown()
     return is_finished
+
+
+def _check_code() -> None:
+    """Refuses to be another hpcsngd than the submitter's, which only an image can bring about."""
+    expected, found = os.environ.get(CODE), fingerprint.identity()
+    if expected not in (None, found):
+        raise faults.SettingError(
+            f"the image has hpcsngd {found}, but {expected} submitted the run: build the image again, or set "
+            "container.code: bind in the site file"
+        )
 
 
 def _configure_logging(rank: int) -> None:

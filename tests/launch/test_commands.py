@@ -86,4 +86,5 @@ def test_the_run_directory_is_bound_into_the_image(made: Plan) -> None:
         made, container=("apptainer", "exec", "--nv"), image="/i/a.sif", python="python"
     )
     words = commands.rank_command(inside, "/runs/r1", 1)[4:]
-    assert words[:7] == ["apptainer", "exec", "--nv", "--bind", "/runs/r1", "/i/a.sif", "python"]
+    assert words[:5] == ["apptainer", "exec", "--nv", "--bind", "/runs/r1"]
+    assert words[5:9] == ["--pwd", "/runs/r1", "/i/a.sif", "python"]

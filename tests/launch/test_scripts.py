@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hpcsngd import fingerprint
 from hpcsngd.launch import executors, plan, scripts
 from hpcsngd.launch.plan import Host
 
@@ -72,6 +73,7 @@ def test_dry_run(name: str, configure: Configure, fixed_python: Host, tmp_path: 
     resolved = configure(site, **overrides)
     text = scripts.dry_run(resolved, host=fixed_python)
     text = text.replace(str(tmp_path), "TMP").replace(os.path.relpath(tmp_path), "TMP")
+    text = text.replace(fingerprint.identity(), "CODE")
     golden = GOLDEN / f"{name}.txt"
     if os.environ.get("GOLDEN") == "write":
         golden.write_text(text)

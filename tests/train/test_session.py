@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +339,14 @@ def test_seeds_differ_by_purpose_and_are_the_same_everywhere() -> None:
 def request_stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Lets a stop request be seen during the given step."""
     patch.setattr(loop.Trainer, "_sees_stop_request", lambda self: self.progress.step + 1 == step)
+
+
+def test_without_torchinfo_the_model_describes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchinfo", None)
+    run = make_run(tmp_path)
+    assert train(run)
+    text = run.summary_txt.read_text()
+    assert "Conv2d" in text
+    assert text.endswith(" parameters\n")

@@ -61,13 +61,20 @@ def _python(machine: Machine) -> Finding:
 
 
 def _packages() -> Finding:
-    names = ("submitit", "pydantic", "PyYAML", "click")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    versions = ", ".join(filter(None, map(_version, ("submitit", "pydantic", "PyYAML", "click"))))
     missing = [name for name in ("pandas", "plotly", "jinja2") if util.find_spec(name) is None]
     if missing:
         advice = "reports need it: pip install 'hpcsngd[analysis]', here or where you write reports"
         return warning("packages", f"hpcsngd {__version__}, {versions}; without {', '.join(missing)}", advice)
     return ok("packages", f"hpcsngd {__version__}, {versions}, reports available")
+
+
+def _version(package: str) -> str:
+    """Returns name and version; an empty text where it is missing, as submitit is in images."""
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _workers(site: Site | None, machine: Machine) -> Iterator[Finding]:

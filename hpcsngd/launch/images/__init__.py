@@ -1,0 +1,1 @@
+"""Images: what a ``.sif`` file says about itself, definitions, and the build."""

@@ -1,0 +1,83 @@
+"""The rules of the Apptainer testbed: what it writes, refuses and skips, and that it works."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.testbed.images import SCRIPT, cache_folder, require_apptainer
+
+pytest_plugins = ["pytester"]
+
+
+def outcome(returncode: int, stderr: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess(["apptainer", "install"], returncode, stdout="", stderr=stderr)
+
+
+def test_an_installation_lets_the_tests_run() -> None:
+    reached = False
+    with suppress(pytest.skip.Exception, pytest.fail.Exception):
+        require_apptainer(outcome(0), {"CI": "true"})
+        reached = True
+    assert reached
+
+
+def test_a_machine_without_it_skips_with_the_reason() -> None:
+    with pytest.raises(pytest.skip.Exception, match="it takes root"):
+        require_apptainer(outcome(77, "no Apptainer here: it takes root"), {})
+
+
+@pytest.mark.parametrize(("code", "env"), [(77, {"CI": "true"}), (1, {}), (2, {})])
+def test_what_is_a_failure(code: int, env: dict[str, str]) -> None:
+    with pytest.raises(pytest.fail.Exception, match="broken"):
+        require_apptainer(outcome(code, "broken"), env)
+
+
+TEST = """
+    import pytest
+
+    {marker}
+    def test_direct(busybox_image):
+        pass
+"""
+
+
+def test_using_a_runtime_without_the_marker_is_refused(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(TEST.format(marker=""))
+    result = pytester.runpytest_inprocess("-p", "tests.testbed.images", "--collect-only")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*need @pytest.mark.apptainer: *::test_direct"])
+
+
+def test_the_cache_can_be_moved() -> None:
+    assert cache_folder({"HPCSNGD_TESTBED_CACHE": "/c"}) == Path("/c")
+    assert cache_folder({"XDG_CACHE_HOME": "/x"}) == Path("/x/hpcsngd-tests")
+
+
+def call(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, str(SCRIPT), *words]
+    return subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+
+
+def test_wrong_usage_is_2() -> None:
+    assert call("uninstall").returncode == 2
+    assert call("foreign", "vax").returncode == 2
+
+
+@pytest.mark.apptainer
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to install an Apptainer")
+def test_installing_again_does_nothing_and_a_strangers_folder_is_left_alone(
+    apptainer: Path, tmp_path: Path
+) -> None:
+    version = subprocess.run([apptainer, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.startswith("apptainer version")
+    (tmp_path / "thesis.tex").write_text("years")
+    done = call("install", HPCSNGD_TESTBED_APPTAINER=str(tmp_path))
+    assert done.returncode == 77
+    assert "holds something else" in done.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years"
