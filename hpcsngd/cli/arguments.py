@@ -10,14 +10,18 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    _ParamType = click.ParamType[str]
+
     from hpcsngd.config.matrix import Matrix
     from hpcsngd.config.resolve import Override, Resolved
+else:
+    _ParamType = click.ParamType  # not a generic before click 8.2
 
 RESOURCE_OPTIONS = ("nodes", "gpus_per_node", "ranks_per_node", "walltime")
 DIAGNOSTICS = ("profiling", "rank_analysis", "grad_norm", "grad_error")
 
 
-class _Name(click.ParamType[str]):
+class _Name(_ParamType):
     """A site or experiment: a known name, completed by the shell, or a path."""
 
     def __init__(self, kind: str) -> None:

@@ -29,7 +29,17 @@ PASSED = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "NVIDIA_VISIBLE_DEVICES"),
     *("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "HSA_*", "MIOPEN_*"),
-    *("NCCL_*", "RCCL_*", "GLOO_*", "UCX_*", "FI_*", "TORCH_*", "TORCHELASTIC_*", "PYTORCH_*", "CUBLAS_WORKSPACE_CONFIG"),
+    *(
+        "NCCL_*",
+        "RCCL_*",
+        "GLOO_*",
+        "UCX_*",
+        "FI_*",
+        "TORCH_*",
+        "TORCHELASTIC_*",
+        "PYTORCH_*",
+        "CUBLAS_WORKSPACE_CONFIG",
+    ),
     *("OMP_*", "MKL_*", "OPENBLAS_*", "KMP_*", "HPCSNGD_*", "TZ"),
 )
 """Variables that workers get, besides the site's own; ``*`` stands for any ending. No paths of the host."""
