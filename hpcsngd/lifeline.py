@@ -18,12 +18,13 @@ PHASES = (
     "import",
     "rendezvous",
     "build",
+    "between steps",
+    "evaluate",
+    "checkpoint",
     "data",
     "compute",
     "reduce",
     "update",
-    "evaluate",
-    "checkpoint",
     "done",
 )
 """Where a rank may stand, in the order of an attempt and of a step; ``reduce`` waits for the other ranks."""

@@ -137,10 +137,10 @@ def _stop_ending(context: Context, stop: Stop, how: str) -> Ending:
     if context.attempt.cancel_request.exists():
         text = f"{remains.cancelled_by(context.attempt)}; the workers {how}"
         return Ending("cancelled", "cancelled", text)
-    if stop.is_at_limit or context.is_near_limit:
+    fate = _fate(context) if context.place.is_leader else "unknown"
+    if fate not in ("restarting", "preempted") and (stop.is_at_limit or context.is_near_limit):
         text = f"wall time of {context.plan.walltime_min} min reached; the workers {how}"
         return Ending("timeout", "timeout", text)
-    fate = _fate(context) if context.place.is_leader else "unknown"
     if fate == "restarting":
         text = f"Slurm puts the job back in the queue ({signals}); the workers {how}"
         return Ending("preempted", "preempted", text, is_restarting=True)
@@ -239,7 +239,7 @@ def _finish(context: Context, ending: Ending) -> None:
         return
     if against is None:
         try:
-            requeue.go_on(context.run, context.plan, context.attempt, context.place.job_id, facts)
+            requeue.go_on(context.run, context.plan, context.attempt, context.place, facts)
         except SchedulerError as error:
             against = str(error)
         else:

@@ -13,7 +13,8 @@ from typing import Any
 
 from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import sending
+from hpcsngd.launch import ownjob, sending
+from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.slurm import command_output
 from hpcsngd.rundir import Attempt, RunDir
@@ -60,7 +61,7 @@ def attempts_in_a_row(run: RunDir, attempt: Attempt, restarts: int) -> int:
     return attempt.number - first + 1
 
 
-def go_on(run: RunDir, plan: Plan, attempt: Attempt, job_id: str, facts: Mapping[str, Any]) -> None:
+def go_on(run: RunDir, plan: Plan, attempt: Attempt, place: Place, facts: Mapping[str, Any]) -> None:
     """Puts the run back in the queue; writes ``ended.yaml`` with the facts and with how it goes on.
 
     After a requeue the scheduler ends this job at once, so nothing may be left to do.
@@ -68,10 +69,16 @@ def go_on(run: RunDir, plan: Plan, attempt: Attempt, job_id: str, facts: Mapping
     Raises:
         SchedulerError: neither way works; with both reasons.
     """
+    job_id = place.job_id
     rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "requeue", "job_id": job_id})
     try:
         command_output(["scontrol", "requeue", job_id], timeout_s=plan.command_timeout_s)
     except SchedulerError as error:
+        job = ownjob.ask(job_id, timeout_s=plan.command_timeout_s)
+        if job and job.fate(place.restarts) == "restarting":
+            # the scheduler was quicker: it has noticed the lost node, too
+            rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "scheduler", "job_id": job_id})
+            return
         log.info("%s; submitting a new job instead", error)
         new_id = _resubmit(run, plan, attempt, job_id, because=error)
         rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "resubmit", "job_id": new_id})

@@ -40,8 +40,8 @@ class WallTime:
         return self.ends_at - now <= self.margin(beat)
 
     def is_near(self, now: float, beat: Beat | None) -> bool:
-        """Returns whether a warning that comes now is probably about the wall time."""
-        return self.ends_at - now <= min(self.margin(beat) + EARLY_S, self.total_s / 2)
+        """Returns whether a warning now is about the wall time, unless the scheduler says otherwise."""
+        return self.ends_at - now <= self.margin(beat) + EARLY_S
 
     def margin(self, beat: Beat | None) -> float:
         """Returns how long before the end workers are asked to leave, in seconds; at most half of the total.

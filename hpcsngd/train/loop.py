@@ -160,15 +160,14 @@ class Trainer:
             with parts.strategy.micro_batch(is_last=index + 1 == count):
                 sums[:2] += self._micro_batch(images, labels, size)
         self._pulse.at("reduce")
-        self._pulse.boundary()
-        sums[2] = self._stop_request.is_seen()
+        sums[2] = self._sees_stop_request()
         loss, correct, stops = dist.all_reduce_sum(sums).tolist()
         if not math.isfinite(loss):
             raise NotFiniteError(f"loss is {loss / size} at step {self.progress.step + 1}; {self._advice()}")
         self._pulse.at("update")
         self._update(size)
         self.progress.step += 1
-        self._pulse.at("update", self.progress.step)
+        self._pulse.at("between steps", self.progress.step)
         self.progress.samples += size
         self.progress.row.add(loss, correct, size)
         self.progress.epoch.add(loss, correct, size)
@@ -285,6 +284,10 @@ class Trainer:
         self._checkpoints.save(step, common, seeds.stream_states())
         self._saved_step = step
         self._pulse.saved(time.monotonic() - started)
+
+    def _sees_stop_request(self) -> bool:
+        self._pulse.boundary()
+        return self._stop_request.is_seen()
 
     def _multiplier(self) -> float:
         return schedules.multiplier(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from hpcsngd import rundir
-from hpcsngd.errors import RunFailedError
-from hpcsngd.launch import outcome, ownjob, place, plan
+from hpcsngd import lifeline, rundir
+from hpcsngd.errors import RunFailedError, SchedulerError
+from hpcsngd.launch import outcome, ownjob, place, plan, requeue
 from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.stop import Stop
@@ -219,3 +219,123 @@ def test_stop_takes_note_and_the_shortest_grace_counts() -> None:
         assert stop.is_hard
         assert stop.words() == "SIGUSR2, SIGTERM, SIGINT"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def sign(context: Context, index: int, phase: str = lifeline.WATCHING) -> None:
+    lifeline.write_beat(context.attempt.heartbeats, lifeline.Beat(f"agent{index}", f"n{index}", 1, phase))
+
+
+def torn(rank: int, host: str = "n0") -> Fault:
+    return Fault("unknown", "RuntimeError: Connection closed by peer", host, rank=rank, is_echo=True)
+
+
+@pytest.fixture
+def patient(context: Context, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """The context, with just enough patience to notice that others are silent."""
+    monkeypatch.setattr(outcome, "SETTLE_S", 0.01)
+    return context
+
+
+def test_a_silent_agent_is_a_lost_node(patient: Context) -> None:
+    patient.attempt.write_fault(torn(0))
+    sign(patient, 1)
+    status = end(patient, Ended("itself", 1, TORN))
+    assert status is not None
+    assert status.reason.startswith("node failure: node 1 fell silent (node 1 on n1")
+
+
+def test_a_silent_agent_is_a_killed_one_if_the_launcher_ends_the_others(patient: Context) -> None:
+    patient.attempt.write_fault(torn(0))
+    sign(patient, 1)
+    status = end(patient, Ended("itself", 1, TORN), signal.SIGTERM)
+    assert status is not None
+    assert status.reason.startswith("killed: the agent of node 1 was killed (node 1 on n1")
+
+
+@pytest.mark.parametrize("phase", [lifeline.ENDED, "peer"])
+def test_an_agent_that_ends_its_workers_is_not_silent(patient: Context, phase: str) -> None:
+    patient.attempt.write_fault(torn(0))
+    sign(patient, 1, phase)
+    status = end(patient, Ended("itself", 1, TORN))
+    assert status is not None
+    assert status.reason.startswith("unknown: RuntimeError: Connection closed by peer (rank 0")
+
+
+def test_silence_does_not_hide_a_known_cause(patient: Context) -> None:
+    patient.attempt.write_fault(Fault("nan", "loss is nan", "n1", rank=3))
+    sign(patient, 1)
+    status = end(patient, Ended("itself", 1, TORN))
+    assert status is not None
+    assert status.reason.startswith("nan: loss is nan (rank 3")
+
+
+def test_an_agent_with_torn_workers_leaves_the_word_to_the_first(patient: Context) -> None:
+    patient.attempt.write_fault(torn(2, "n1"))
+    second = instead(patient, node=1, index=1)
+    outcome.conclude(second, Ended("itself", 1, TORN), stopped())
+    assert patient.run.status() is None
+
+
+def test_a_killed_worker_goes_before_its_torn_peers(context: Context) -> None:
+    context.attempt.write_fault(torn(1))
+    status = end(context, Ended("itself", -9, []))
+    assert status is not None
+    assert (status.fault or {})["kind"] == "killed"
+
+
+def test_a_cancel_request_says_why_sigterm_came(context: Context) -> None:
+    rundir.write_yaml(context.attempt.attempt_yaml, {})
+    context.attempt.cancel_request.touch()
+    status = end(context, Ended("itself", 75, []), signal.SIGTERM)
+    assert status is not None
+    assert (status.state, status.reason) == ("cancelled", "cancelled; the workers checkpointed and left")
+
+
+@pytest.mark.parametrize(
+    ("fate", "state"), [("ending", "cancelled"), ("preempted", "preempted"), ("running", "preempted")]
+)
+def test_slurm_says_why_sigterm_came(
+    context: Context, monkeypatch: pytest.MonkeyPatch, fate: str, state: str
+) -> None:
+    monkeypatch.setattr(outcome, "_fate", lambda _: fate)
+    status = end(context, Ended("itself", 75, []), signal.SIGTERM)
+    assert status is not None
+    assert status.state == state
+
+
+def test_a_job_that_slurm_starts_again_is_left_to_slurm(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "_fate", lambda _: "restarting")
+    outcome.conclude(context, Ended("itself", 75, []), stopped(signal.SIGTERM))
+    assert context.run.status() is None
+    told = rundir.read_yaml(context.attempt.ended_yaml)
+    assert (told["state"], told["next"]) == ("preempted", "scheduler")
+
+
+def test_a_stopped_run_that_may_go_on_gets_no_status(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Place] = []
+    monkeypatch.setattr(requeue, "go_on", lambda *given: sent.append(given[3]))
+    willing = instead(context, restart_on=("preempted",), max_attempts=2)
+    outcome.conclude(willing, Ended("itself", 75, []), stopped(signal.SIGUSR2))
+    assert (sent, context.run.status()) == ([context.place], None)
+
+
+def test_a_run_that_cannot_be_requeued_says_why(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise SchedulerError("no scontrol; no sbatch")
+
+    monkeypatch.setattr(requeue, "go_on", refuse)
+    willing = instead(context, restart_on=("preempted",), max_attempts=2)
+    status = end(willing, Ended("itself", 75, []), signal.SIGUSR2)
+    assert status is not None
+    assert status.reason.endswith("checkpointed and left; not restarted: no scontrol; no sbatch")
+
+
+def test_only_agent_0_sends_a_stopped_run_on(context: Context) -> None:
+    second = instead(context, node=1, index=1, restart_on=("preempted",), max_attempts=2)
+    outcome.conclude(second, Ended("itself", 75, []), stopped(signal.SIGUSR2))
+    assert context.run.status() is None
+    assert not context.attempt.ended_yaml.exists()

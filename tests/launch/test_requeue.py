@@ -11,7 +11,9 @@ import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import plan, requeue, sending
+from hpcsngd.launch import ownjob, plan, requeue, sending
+from hpcsngd.launch.ownjob import OwnJob
+from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
 from hpcsngd.rundir import RunDir
 
@@ -93,6 +95,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return "8"
 
     monkeypatch.setattr(sending, "send", send)
+    monkeypatch.setattr(ownjob, "ask", lambda *_, **__: OwnJob("RUNNING", 0, False, 60.0))
     return asked
 
 
@@ -104,7 +107,8 @@ def refusing(text: str) -> Callable[..., str]:
 
 
 def go_on(run: RunDir, made: Plan) -> dict[str, Any]:
-    requeue.go_on(run, made, run.attempt(1), "7", {"state": "preempted"})
+    here = Place("7", ("n0",), 0, 0, 0, 1, 0, "n0")
+    requeue.go_on(run, made, run.attempt(1), here, {"state": "preempted"})
     return rundir.read_yaml(run.attempt(1).ended_yaml)
 
 
@@ -121,11 +125,21 @@ def test_where_it_cannot_be_a_new_job_waits_for_its_end(
     assert calls == [(2, {"dependency": "afterany:7"})]
 
 
+def test_a_scheduler_that_was_quicker_is_left_alone(
+    run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requeue, "command_output", refusing("Job is pending execution"))
+    monkeypatch.setattr(ownjob, "ask", lambda *_, **__: OwnJob("COMPLETING", 1, False, 60.0))
+    assert go_on(run, made) == {"state": "preempted", "next": "scheduler", "job_id": "7"}
+    assert calls == []
+
+
 def test_both_reasons_are_told_if_neither_works(
     run: RunDir, made: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(requeue, "command_output", refusing("no scontrol"))
     monkeypatch.setattr(sending, "send", refusing("no sbatch"))
+    monkeypatch.setattr(ownjob, "ask", lambda *_, **__: None)
     with pytest.raises(SchedulerError, match=r"^no scontrol; no sbatch$"):
         go_on(run, made)
     assert not run.attempt(1).ended_yaml.exists()

@@ -33,6 +33,8 @@ def test_due_at_the_margin_and_near_a_minute_before() -> None:
     assert [walltime.is_near(now, None) for now in (839.0, 840.0)] == [False, True]
 
 
-def test_a_short_job_is_near_its_end_in_its_second_half_only() -> None:
+def test_a_short_job_is_near_its_end_all_the_time() -> None:
+    """Slurm has warned a job of one minute, asked to do so at 20 s, after 11 s."""
     walltime = WallTime(60.0, 60.0, 20.0)
-    assert [walltime.is_near(now, None) for now in (29.0, 30.0)] == [False, True]
+    assert [walltime.is_near(now, None) for now in (0.0, 11.0)] == [True, True]
+    assert [walltime.is_due(now, None) for now in (11.0, 40.0)] == [False, True]

@@ -252,7 +252,8 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
 def submitted_and_orphaned(tmp_path: Path) -> RunDir:
     """Submits a run of six minutes where two are allowed, and kills the submitter with its process group."""
     limits = [{"max_nodes": 2, "max_walltime": "2m"}]
-    options = {"options": {"no-requeue": True}}
+    # no warning by Slurm, whose time is uncertain by a minute: the agent warns itself
+    options = {"options": {"no-requeue": True}, "skip_options": ["signal"]}
     site = site_data(tmp_path / "chain", limits=limits, scheduler=options, stop_margin_s=60)
     site["env"]["SLOW_STEP_S"] = "2.5"
     asked = {**SETTINGS, "nodes": 2, "ranks_per_node": 2, "walltime": "6m", "restart.on": ["timeout"]}
@@ -342,12 +343,13 @@ def test_a_node_that_dies_and_a_rank_that_hangs(
     crash(testbed)
     wait_until(bereft.attempt(1).ended_yaml.exists, "the agent's notice of the lost node")
     told = end_of(bereft, 1)
-    assert (told["cause"], told["next"]) == ("node_failure", "requeue")
+    assert told["cause"] == "node_failure"
+    assert told["next"] in ("requeue", "scheduler")  # whoever was quicker
     assert told["reason"].startswith(f"node failure: node 1 fell silent (node 1 on {slurm_cluster.nodes[1]}")
     bring_back(slurm_cluster, testbed)
     ended = submit.wait(hung, poll_s=0.5)
     assert (ended.state, ended.attempt, (ended.fault or {})["kind"]) == ("failed", 2, "hang")
-    assert f"behind: rank 1 on {slurm_cluster.nodes[0]}: after step 3, update" in ended.reason
+    assert f"behind: rank 1 on {slurm_cluster.nodes[0]}: after step 3, between steps" in ended.reason
     assert ended.reason.endswith("not restarted: attempt 2 of restart.max_attempts 2")
     stacks = hung.attempt(1).node_log(0, "err").read_text()
     assert "has hung; its stacks:" in stacks
