@@ -52,5 +52,5 @@ def test_a_resumed_timetable_goes_on() -> None:
 
 @pytest.mark.parametrize(("factors", "inverses"), [(0, 2), (2, 3), (1.5, 3), (lambda step: 1, 2)])
 def test_stagger_refuses_periods_that_do_not_fit(factors: float, inverses: int) -> None:
-    with pytest.raises(ValueError, match="factor_every=.*inverse_every"):
+    with pytest.raises(ValueError, match=r"factor_every=.*inverse_every"):
         Timetable(LAYERS, factors, inverses, stagger=True)
