@@ -305,7 +305,8 @@ def main() -> None:
             print_memory(model, options.cases, batch)
         if "bytes" in options.parts:
             # Formulas hold for any batch; four copies of a full one would not fit small machines.
-            print_bytes(model, options.cases, min(batch, 16))
+            # Bytes do not depend on the batch.
+            print_bytes(model, options.cases, min(batch, 4))
 
 
 if __name__ == "__main__":

@@ -182,7 +182,8 @@ class Inverter:
         return [None if len(shape) == 2 else shape, (shape[0], shape[-1])]
 
     def _stored(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None else t.to(self.dtype or t.dtype) for t in tensors)
+        # LAPACK's results lie by columns, loaded states by rows, and products round accordingly.
+        return tuple(None if t is None else t.to(self.dtype or t.dtype).contiguous() for t in tensors)
 
     def _shift(self, means: Sequence[Tensor], side: int, damping: float) -> Tensor:
         """Returns what is added to the diagonal of a Cholesky factor, ``(blocks,)``."""

@@ -148,8 +148,8 @@ def shifts_are_faster(samples: int, groups: int, channels: int, axes: tuple[Axis
     The unit of time is a multiplication in a large matrix product. On top of those, building a patch costs
     PATCH_PRICE for each of its numbers, reading the image SHIFT_PRICE; a product of shifts works on at least
     LEAST_CHANNELS; each sub-problem, of which a 3x3 kernel with padding 1 has 9, costs PROBLEM_PRICE to set
-    up. Fitted to 33 shapes (float32, 2 x86_64 cores, torch 2.13, oneDNN), of which the rule gets 29 right; at
-    the others both methods are within 2 ms of each other or 1.3 times. By shifts, CPU-ms against patches:
+    up. Fitted to 33 shapes (float32, 2 x86_64 cores, torch 2.13, oneDNN), of which the rule gets 30 right; at
+    the others what it takes is up to 1.3 times slower. By shifts, CPU-ms against patches:
 
         samples, channels, side      kernel 3, padding 1      128, 16, 32    20 : 82
                                                               128, 64, 8     21 : 76
