@@ -215,7 +215,7 @@ def traffic(model: str, case: str, batch: int) -> Traffic:
 def formula(case: str, ranks: int, batch: int, seen: Traffic) -> tuple[int, int, int]:
     """Returns the bytes of a refresh on rank 0, least and most, and of a plain step.
 
-    See `hpcsngd.optim.placement` and `compress`. KIS may draw all its samples from one rank, or none.
+    See `hpcsngd.optim.placement` and `sketches`. KIS may draw all its samples from one rank, or none.
     """
     if ranks == 1:
         return 0, 0, 0

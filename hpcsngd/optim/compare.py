@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch import Tensor
 
-from hpcsngd.optim.compress import Batch, Plain
 from hpcsngd.optim.curvature import SampleCurvature
+from hpcsngd.optim.sketches import Batch, Plain
 
 
 class Comparison:

@@ -2,7 +2,7 @@
 
 Source: Mu, Soori, Can, Gurbuzbalaban, Mehri Dehnavi, "HyLo: A Hybrid Low-Rank Natural Gradient Descent
 Method", SC 2022. The formulas are in `hpcsngd.optim.linalg`, `curvature` and `kid`; what is captured in
-`hpcsngd.optim.capture`; which rows travel, and how many bytes, in `hpcsngd.optim.compress`; arguments and
+`hpcsngd.optim.capture`; which rows travel, and how many bytes, in `hpcsngd.optim.sketches`; arguments and
 their checks in `hpcsngd.optim.options`; a refresh in `hpcsngd.optim.refresh`.
 
 Ranks. For each layer, either every rank gathers the rows and solves for itself, or one rank does and sends
@@ -31,7 +31,6 @@ from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
 from hpcsngd.optim.checks import check_progress
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.compress import Plain, Scope
 from hpcsngd.optim.covering import Skip, find_layers
 from hpcsngd.optim.curvature import Complement
 from hpcsngd.optim.gradients import KlClip, Rescale, gradient_matrices, rescaled, write_gradients
@@ -44,6 +43,7 @@ from hpcsngd.optim.records import Communication, LayerCheck, Memory, PhaseTime, 
 from hpcsngd.optim.refresh import Moment, Outcome, Refresher, spread_refreshes
 from hpcsngd.optim.samplescale import LossReduction, SampleScale
 from hpcsngd.optim.schedules import DampingDecay
+from hpcsngd.optim.sketches import Plain, Scope
 from hpcsngd.optim.stacks import Solved
 from hpcsngd.optim.stopwatch import Stopwatch
 
@@ -115,7 +115,7 @@ class HyLo(Preconditioner):
             factorization of the size of what was left out and buys nothing (`hpcsngd.optim.kid`).
         kid_scope: ``"joined"``: KID decides on the gathered batch, alike for any number of ranks.
             ``"local"``: each rank decides on its own samples and sends only what it keeps
-            (`hpcsngd.optim.compress`).
+            (`hpcsngd.optim.sketches`).
         switch: rule of the hybrid method (`SwitchRule`, or a mapping of its fields).
         complement: what scales the part of the gradient orthogonal to every kept row. ``"damped"``:
             1 / damping, as the formula says. ``"plain"``: 1, the plain gradient. ``"residual"``:

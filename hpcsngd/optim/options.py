@@ -11,7 +11,6 @@ import torch
 from hpcsngd.optim.base import Schedule
 from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.checks import check_choice, positive
-from hpcsngd.optim.compress import Compression, Plain, Scope
 from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.curvature import Complement
 from hpcsngd.optim.gradients import Rescale
@@ -20,6 +19,7 @@ from hpcsngd.optim.placement import Placement
 from hpcsngd.optim.samplescale import LossReduction
 from hpcsngd.optim.schedules import DampingDecay
 from hpcsngd.optim.selection import RankRule
+from hpcsngd.optim.sketches import Compression, Plain, Scope
 
 Method = Literal["sngd", "kid", "kis", "hybrid"]
 

@@ -13,7 +13,7 @@ numbers) or the solution ``y`` (N numbers a step) sent by an owner would come on
 rank needs for ``U M`` and ``U^T y``, and to factorize again takes no bytes at all. Layers with an owner are
 spread over the ranks by their work.
 
-Bytes that a rank hands to collectives, e bytes a number (the tables of `hpcsngd.optim.compress` on top):
+Bytes that a rank hands to collectives, e bytes a number (the tables of `hpcsngd.optim.sketches` on top):
 
     refresh     replicated layers    e max over ranks of (sum of n_p R)           one all_gather
                 owned layers         e (sum of n_p R over layers owned elsewhere) one all_to_all

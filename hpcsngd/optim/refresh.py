@@ -13,7 +13,6 @@ from hpcsngd.optim.capture import Capture
 from hpcsngd.optim.checks import at_least_one_step
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.compare import Comparison
-from hpcsngd.optim.compress import Batch, Compression, Plain
 from hpcsngd.optim.curvature import SampleCurvature, build_all
 from hpcsngd.optim.held import Curvatures
 from hpcsngd.optim.layers import Layer
@@ -22,6 +21,7 @@ from hpcsngd.optim.options import Options
 from hpcsngd.optim.placement import Placer, refresh_cost
 from hpcsngd.optim.records import Fallback, Kept
 from hpcsngd.optim.rows import Rows
+from hpcsngd.optim.sketches import Batch, Compression, Plain
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)

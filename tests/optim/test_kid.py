@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpcsngd.optim import HyLo
-from hpcsngd.optim.compress import Compression
 from hpcsngd.optim.curvature import SampleCurvature, Sketch
 from hpcsngd.optim.linalg import pivoted_cholesky
 from hpcsngd.optim.rows import FactoredRows, Rows
 from hpcsngd.optim.selection import RankRule
+from hpcsngd.optim.sketches import Compression
 from tests.optim import models, oracle
 
 DAMPING = 0.05

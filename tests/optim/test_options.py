@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpcsngd.optim import HyLo
-from hpcsngd.optim.compress import Compression
 from hpcsngd.optim.curvature import SampleCurvature, Sketch
 from hpcsngd.optim.selection import RankRule, apportion, draw_rows
+from hpcsngd.optim.sketches import Compression
 from tests.optim import models, oracle
 from tests.optim.test_kid import gradients, problem, projection
 

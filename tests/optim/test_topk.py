@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpcsngd.optim.lowrank import LowRankFeedback, matrix_shape
+from hpcsngd.optim.compress import BlockTopK, ErrorFeedback, LowRankFeedback, matrix_shape
 from hpcsngd.optim.shard import cut_evenly
-from hpcsngd.optim.topk import MAX_BLOCK, BlockTopK, ErrorFeedback
+from hpcsngd.optim.topk import MAX_BLOCK
 
 CPU = torch.device("cpu")
 
