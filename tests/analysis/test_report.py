@@ -95,7 +95,8 @@ def decoded(values: Any) -> list[float]:
 
 def test_json_is_strict_and_has_every_part(numbers: dict[str, Any]) -> None:
     assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
-    assert set(numbers) == {"schema", "summary", "runs", "figures", "config_differences", "details"}
+    parts = {"schema", "summary", "runs", "sweeps", "figures", "config_differences", "details"}
+    assert set(numbers) == parts
 
 
 def test_summary_numbers(numbers: dict[str, Any]) -> None:
