@@ -186,6 +186,11 @@ def test_show_schema_is_json() -> None:
             2,
             "site.env.MY_TOKEN (--set site.env.MY_TOKEN): it looks like a secret",
         ),
+        (
+            ("submit", "--site", "local", "--exp", "digits-sgd", "--nodes", "0", "--dry-run"),
+            2,
+            "--nodes: resources.nodes: input should be greater than or equal to 1; found 0",
+        ),
         (("show", "--site", "/nonexistent.yaml"), 2, "no site file at /nonexistent.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -195,6 +200,13 @@ def test_mistakes_end_with_a_message_and_no_traceback(args: tuple[str, ...], cod
     assert done.returncode == code
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_site_with_gpus_can_be_asked_for_none(tmp_path: Path) -> None:
+    site = tmp_path / "s.yaml"
+    site.write_text("description: d\nscheduler: {kind: slurm}\ngpus_per_node: 4\n")
+    words = ("submit", "--site", str(site), "--exp", "digits-sgd", "--gpus-per-node", "0", "--dry-run")
+    assert "no GPUs" in hpcsngd(*words).stdout.splitlines()[0]
 
 
 def test_completion_offers_names() -> None:
