@@ -61,7 +61,7 @@ def find_named(kind: NamedKind, name_or_path: str) -> Path:
     if name_or_path not in files:
         hint = did_you_mean(name_or_path, files)
         raise ConfigError(
-            f"unknown {word} {name_or_path!r}{hint} Known: {', '.join(files)}. "
+            f"unknown {word} {name_or_path!r}{hint or '.'} Known: {', '.join(files)}. "
             f"A path to a YAML file works too; ${USER_FOLDERS[kind]} adds folders."
         )
     return files[name_or_path]

@@ -464,8 +464,17 @@ class RunDir:
         return dict(self.record()["plan"])
 
     def status(self) -> Status | None:
-        """Returns how the run ended, or None while it has not."""
-        return Status(**read_yaml(self.status_yaml)) if self.status_yaml.exists() else None
+        """Returns how the run ended, or None while it has not.
+
+        Raises:
+            RunDirError: ``status.yaml`` is damaged.
+        """
+        if not self.status_yaml.exists():
+            return None
+        try:
+            return Status(**read_yaml(self.status_yaml))
+        except TypeError as error:
+            raise RunDirError(f"{self.status_yaml} is damaged: {error}") from error
 
     def write_status(self, status: Status) -> None:
         """Records how the run ended.
@@ -504,7 +513,8 @@ def open_run(path: Path) -> RunDir:
     """
     run = RunDir(path.expanduser().resolve())
     if not run.run_yaml.is_file():
-        what = "has no run.yaml: it is not a run directory" if run.path.is_dir() else "does not exist"
+        there = "has no run.yaml: it is not a run directory" if run.path.is_dir() else "is not a directory"
+        what = there if run.path.exists() else "does not exist"
         raise RunDirError(f"{run.path} {what}")
     schema = run.record().get("schema")
     if schema != SCHEMA:

@@ -140,8 +140,8 @@ class SweepDir:
             raise RunDirError(f"{self.sweep_yaml} is damaged: {error}") from error
 
     def runs(self) -> list[RunDir]:
-        """Returns the run directories of all cells, in order."""
-        return [cell.run for cell in self.cells()]
+        """Returns the run directories of the cells, in order; without those that were never written."""
+        return [cell.run for cell in self.cells() if cell.run.run_yaml.is_file()]
 
 
 def is_sweep(path: Path) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from hpcsngd import rundir
 from hpcsngd.config import resolve
 from hpcsngd.launch import plan
+from hpcsngd.sweepdir import SweepDir
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,9 +90,34 @@ def test_a_sweeps_status_is_its_own_table(tmp_path: Path) -> None:
     rundir.write_yaml(tmp_path / "sweep.yaml", {"schema": 1, "cells": []})
     assert f"{tmp_path.name}: 0 cells: none" in hpcsngd("status", str(tmp_path)).stdout
     assert json.loads(hpcsngd("status", str(tmp_path), "--json", "--failed").stdout)["cells"] == []
-    both = hpcsngd("status", str(tmp_path), str(tmp_path / "run"))
-    assert both.returncode == 2
-    assert "not both" in both.stderr
+    two = hpcsngd("status", str(tmp_path), str(tmp_path), "--json")
+    assert two.returncode == 2
+    assert "name one sweep" in two.stderr
+
+
+def test_a_sweep_is_one_line_among_runs(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    run = recorded_run(root)
+    run.write_status(rundir.Status("completed", "", 1))
+    sweep = SweepDir(root / "s-sweep-0")
+    cells = [recorded_run(sweep.path) for _ in range(2)]
+    cells[0].write_status(rundir.Status("completed", "", 1))
+    gone = {"id": "g", "axes": {}, "run": "0002-gone"}
+    sweep.write_record({"cells": [*({"id": "c", "axes": {}, "run": cell.name} for cell in cells), gone]})
+    lines = [f"completed  {run.name}", "sweep      s-sweep-0  3 cells: 1 completed, 2 lost"]
+    assert hpcsngd("status", cwd=tmp_path).stdout.splitlines() == lines
+    assert hpcsngd("status", "--watch", cwd=tmp_path).stdout.splitlines() == lines
+    assert hpcsngd("status", str(sweep.path), str(run.path)).stdout.splitlines() == lines
+    one, other = json.loads(hpcsngd("status", "--json", cwd=tmp_path).stdout)
+    assert (one["state"], other["counts"]) == ("completed", {"completed": 1, "lost": 2})
+
+
+def test_a_cell_that_was_never_written_spoils_no_table(tmp_path: Path) -> None:
+    SweepDir(tmp_path).write_record({"cells": [{"id": "g", "axes": {}, "run": "0000-gone"}]})
+    text = hpcsngd("status", str(tmp_path)).stdout
+    assert "1 cells: 1 lost" in text
+    assert "submission was interrupted" in text
+    assert hpcsngd("cancel", str(tmp_path)).returncode == 0
 
 
 def test_sites_and_experiments() -> None:
@@ -160,6 +186,11 @@ def test_show_schema_is_json() -> None:
             2,
             "site.env.MY_TOKEN (--set site.env.MY_TOKEN): it looks like a secret",
         ),
+        (
+            ("submit", "--site", "local", "--exp", "digits-sgd", "--nodes", "0", "--dry-run"),
+            2,
+            "--nodes: resources.nodes: input should be greater than or equal to 1; found 0",
+        ),
         (("show", "--site", "/nonexistent.yaml"), 2, "no site file at /nonexistent.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -169,6 +200,13 @@ def test_mistakes_end_with_a_message_and_no_traceback(args: tuple[str, ...], cod
     assert done.returncode == code
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_site_with_gpus_can_be_asked_for_none(tmp_path: Path) -> None:
+    site = tmp_path / "s.yaml"
+    site.write_text("description: d\nscheduler: {kind: slurm}\ngpus_per_node: 4\n")
+    words = ("submit", "--site", str(site), "--exp", "digits-sgd", "--gpus-per-node", "0", "--dry-run")
+    assert "no GPUs" in hpcsngd(*words).stdout.splitlines()[0]
 
 
 def test_completion_offers_names() -> None:

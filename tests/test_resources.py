@@ -31,6 +31,8 @@ def test_unknown_name_lists_what_there_is() -> None:
         ConfigError, match=r"unknown site 'perlmuter'; did you mean 'perlmutter'\? Known: frontier"
     ):
         find_named("site_configs", "perlmuter")
+    with pytest.raises(ConfigError, match=r"unknown site 'zzz'\. Known: frontier"):
+        find_named("site_configs", "zzz")
 
 
 def test_did_you_mean() -> None:

@@ -121,6 +121,15 @@ def test_not_a_run(tmp_path: Path) -> None:
         rundir.open_run(tmp_path)
 
 
+def test_a_damaged_status_and_a_file_are_named(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path, "x", {})
+    rundir.write_yaml(run.status_yaml, {"foo": 1})
+    with pytest.raises(RunDirError, match=r"status\.yaml is damaged: .*foo"):
+        run.status()
+    with pytest.raises(RunDirError, match=r"run\.yaml is not a directory"):
+        rundir.open_run(run.run_yaml)
+
+
 def test_unwritable_run_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PreflightError, match=r"cannot write the run root .*--run-root"):

@@ -148,5 +148,5 @@ def _given(keys: dict[str, str], options: dict[str, Any]) -> list[Override]:
     return [
         Override(path, options[name], "--" + name.replace("_", "-"))
         for name, path in keys.items()
-        if options[name] not in (None, False)
+        if options[name] is not None and options[name] is not False  # 0 is a value
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,11 @@ from hpcsngd.cli.output import print_json
 
 if TYPE_CHECKING:
     from hpcsngd.launch.status import RunState
+    from hpcsngd.rundir import RunDir
+    from hpcsngd.sweepdir import SweepDir
+
+_FILES = ("run.yaml", "sweep.yaml")
+"""What the folders of runs and of sweeps hold."""
 
 
 @click.command()
@@ -23,40 +29,56 @@ if TYPE_CHECKING:
 @click.option("--watch", is_flag=True, help="Look again and again until all have ended.")
 @AS_JSON
 def status(*, runs: tuple[Path, ...], run_root: Path, failed: bool, watch: bool, as_json: bool) -> None:
-    """Say how runs are doing: the runs or sweeps named, or all runs in the run root.
+    """Say how runs are doing: the runs or sweeps named, or all in the run root.
 
-    Of a single run, the first fault and the log lines that show it are told as well.
+    Of a single run, the first fault and the log lines that show it are told as well; sweeps alone are told
+    cell by cell, beside runs in one line each.
     """
-    from hpcsngd import progress, rundir, sweepdir
-    from hpcsngd.launch.status import states
+    from hpcsngd import rundir, sweepdir
 
-    if sweeps := [path for path in runs if sweepdir.is_sweep(path)]:
-        if len(sweeps) < len(runs) or (as_json and len(sweeps) > 1):
-            raise click.UsageError("name runs, or sweeps (with --json one), but not both")
+    paths = runs or tuple(sorted(file.parent for name in _FILES for file in run_root.glob(f"*/{name}")))
+    sweeps = [sweepdir.open_sweep(path) for path in paths if sweepdir.is_sweep(path)]
+    single = [rundir.open_run(path) for path in paths if not sweepdir.is_sweep(path)]
+    if runs and sweeps and not single:
+        if as_json and len(sweeps) > 1:
+            raise click.UsageError("with --json name one sweep, or runs beside it")
         _print_sweeps(sweeps, failed=failed, watch=watch, as_json=as_json)
         return
-    paths = runs or tuple(sorted(file.parent for file in run_root.glob("*/run.yaml")))
-    opened = [rundir.open_run(path) for path in paths]
-    if not opened and not as_json:
+    if not paths and not as_json:
         click.echo(f"no runs in {run_root}")
-    found = progress.watch(opened, quiet=as_json) if watch and opened else states(opened)
+    _print_overview(single, sweeps, watch=watch, as_json=as_json)
+
+
+def _print_overview(
+    runs: Sequence[RunDir], sweeps: Sequence[SweepDir], *, watch: bool, as_json: bool
+) -> None:
+    """Prints a line for each run and sweep."""
+    from hpcsngd import progress
+    from hpcsngd.launch import sweep_status
+
+    watched = [*runs, *(run for sweep in sweeps for run in sweep.runs())]
+    if watch and watched:
+        progress.watch(watched, quiet=as_json)
+    found, tallies = sweep_status.overview(runs, sweeps)
     if as_json:
-        print_json([state.to_json() for state in found])
-    elif not (watch and progress.is_terminal()):
+        print_json([*(state.to_json() for state in found), *(tally.to_json() for tally in tallies)])
+        return
+    if not (watch and progress.is_terminal()):
         for state in found:
             click.echo(progress.line(state))
-    if len(found) == 1 and not as_json:
+    for tally in tallies:
+        click.echo(tally.line())
+    if len(found) == 1 and not tallies:
         _explain(found[0])
 
 
-def _print_sweeps(paths: list[Path], *, failed: bool, watch: bool, as_json: bool) -> None:
-    from hpcsngd import progress, sweepdir
+def _print_sweeps(sweeps: Sequence[SweepDir], *, failed: bool, watch: bool, as_json: bool) -> None:
+    from hpcsngd import progress
     from hpcsngd.launch import sweep_status
 
-    for path in paths:
-        sweep = sweepdir.open_sweep(path)
-        if watch:
-            progress.watch(sweep.runs(), quiet=as_json)
+    for sweep in sweeps:
+        if watch and (runs := sweep.runs()):
+            progress.watch(runs, quiet=as_json)
         state = sweep_status.look(sweep)
         shown = state.failed if failed else state
         if as_json:

@@ -28,7 +28,7 @@ class Model(Strict):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in MODELS and not (name.startswith(TORCHVISION_PREFIX) and name != TORCHVISION_PREFIX):
-            hint = did_you_mean(name, MODELS)
+            hint = did_you_mean(name, MODELS) or ";"
             raise ValueError(
                 f"unknown model {name!r}{hint} allowed: {', '.join(MODELS)}, {TORCHVISION_PREFIX}<name>"
             )
@@ -78,9 +78,8 @@ class Data(Strict):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in DATASETS:
-            raise ValueError(
-                f"unknown data set {name!r}{did_you_mean(name, DATASETS)} allowed: {', '.join(DATASETS)}"
-            )
+            hint = did_you_mean(name, DATASETS) or ";"
+            raise ValueError(f"unknown data set {name!r}{hint} allowed: {', '.join(DATASETS)}")
         return name
 
 

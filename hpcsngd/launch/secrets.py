@@ -16,7 +16,7 @@ from hpcsngd.errors import ConfigError
 
 REDACTED = "<redacted>"
 
-_SECRET_WORDS = frozenset({"token", "secret", "password", "passwd", "passphrase", "apikey", "credentials"})
+_SECRET_WORDS = ("token", "secret", "password", "passwd", "passphrase", "apikey", "credentials")
 _SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key")})
 # words that say where a secret is, or whether to use one
 _HARMLESS_VALUE = re.compile(r"^(?:|\d{1,4}|true|false|yes|no|none|null|[~/.].*|\$.*)$", re.IGNORECASE)
@@ -89,4 +89,5 @@ def _blank(match: re.Match[str]) -> str:
 
 def _names_a_secret(name: str) -> bool:
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
-    return bool(_SECRET_WORDS & set(words[-1:])) or tuple(words[-2:]) in _SECRET_PAIRS
+    # PGPASSWORD and authToken have no underscore
+    return bool(words) and (words[-1].endswith(_SECRET_WORDS) or tuple(words[-2:]) in _SECRET_PAIRS)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpcsngd.config.matrix import shown
 from hpcsngd.launch import status
 from hpcsngd.launch.status import RunState
 from hpcsngd.launch.submit import ENDED_POLLS
+from hpcsngd.rundir import RunDir
 from hpcsngd.sweepdir import Cell, SweepDir
 
 GOOD = ("completed", "pending", "running")
@@ -30,8 +32,7 @@ class SweepState:
     @property
     def counts(self) -> dict[str, int]:
         """Returns state -> number of cells, without states that no cell is in."""
-        found = Counter(state.state for _, state in self.cells)
-        return {name: found[name] for name in [*_ORDER, *sorted(set(found) - set(_ORDER))] if found[name]}
+        return _counts(state.state for _, state in self.cells)
 
     @property
     def has_ended(self) -> bool:
@@ -56,9 +57,24 @@ class SweepState:
 
     def text(self) -> str:
         """Returns a headline with the counts, and the table."""
-        counts = ", ".join(f"{count} {state}" for state, count in self.counts.items()) or "none"
-        lines = [f"{self.sweep.name}: {len(self.cells)} cells: {counts}"]
+        lines = [f"{self.sweep.name}: {_counted(self.counts)}"]
         return "\n".join(lines + (_aligned(_rows(self.cells)) if self.cells else []))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A sweep in brief: state -> number of cells, without states that no cell is in."""
+
+    sweep: SweepDir
+    counts: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data: ``sweep`` and ``counts``, as in `SweepState.to_json`."""
+        return {"sweep": str(self.sweep.path), "counts": self.counts}
+
+    def line(self) -> str:
+        """Returns one line, to stand among those of runs."""
+        return f"{'sweep':<10} {self.sweep.name}  {_counted(self.counts)}"
 
 
 def look(sweep: SweepDir) -> SweepState:
@@ -68,7 +84,32 @@ def look(sweep: SweepDir) -> SweepState:
         RunDirError: the sweep or a run directory is damaged.
     """
     cells = sweep.cells()
-    return SweepState(sweep, tuple(zip(cells, status.states([cell.run for cell in cells]), strict=True)))
+    there = sweep.runs()
+    found = dict(zip((run.path for run in there), status.states(there), strict=True))
+    record = sweep.record()
+    return SweepState(
+        sweep, tuple((cell, found.get(cell.run.path) or _unwritten(cell, record)) for cell in cells)
+    )
+
+
+def overview(runs: Sequence[RunDir], sweeps: Sequence[SweepDir]) -> tuple[list[RunState], list[Tally]]:
+    """Returns how runs are doing, and sweeps in brief; asks each scheduler once for all of them.
+
+    Raises:
+        RunDirError: a run or a sweep is damaged.
+    """
+    cells = [[cell.run for cell in sweep.cells()] for sweep in sweeps]
+    ended = {run.path: status.current(run) for each in cells for run in each}
+    words = {path: one.state for path, one in ended.items() if one}
+    # of a cell that has ended the state is enough: a thousand run.yaml would take seconds to read
+    still_open = [run for sweep in sweeps for run in sweep.runs() if run.path not in words]
+    found = status.states([*runs, *still_open])
+    words |= {Path(state.run): state.state for state in found[len(runs) :]}
+    tallies = [
+        Tally(sweep, _counts(words.get(run.path, "lost") for run in each))
+        for sweep, each in zip(sweeps, cells, strict=True)
+    ]
+    return found[: len(runs)], tallies
 
 
 def wait(
@@ -97,6 +138,32 @@ def wait(
         if silent_polls >= ENDED_POLLS or (state.has_ended and is_told):
             return state
         time.sleep(poll_s)
+
+
+def _unwritten(cell: Cell, record: Mapping[str, Any]) -> RunState:
+    """Returns the state of a cell whose run directory was never written."""
+    return RunState(
+        run=str(cell.run.path),
+        name=cell.run.name,
+        exp=str(record.get("exp_name", "")),
+        site=str(record.get("site_name", "")),
+        state="lost",
+        reason="it was never submitted: submission was interrupted",
+        attempt=1,
+        scheduler="",
+        job_id="",
+        fault_kind="unknown",
+    )
+
+
+def _counts(states: Iterable[str]) -> dict[str, int]:
+    found = Counter(states)
+    return {name: found[name] for name in [*_ORDER, *sorted(set(found) - set(_ORDER))] if found[name]}
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    words = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
+    return f"{sum(counts.values())} cells: {words}"
 
 
 def _rows(cells: Sequence[tuple[Cell, RunState]]) -> list[list[str]]:

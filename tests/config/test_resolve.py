@@ -151,6 +151,7 @@ class TestPrecedence:
         ("scheduler.kind=slrm", "scheduler.kind: input should be 'slurm', 'local'"),
         ("model.name=digit-cnn", "unknown model 'digit-cnn'; did you mean 'digits-cnn'"),
         ("data.name=digit", "unknown data set 'digit'; did you mean 'digits'"),
+        ("data.name=zzzz", "unknown data set 'zzzz'; allowed: digits"),
         ("walltime=2:00", "'2:00' is not a wall time; allowed: 02:30:00"),
         ("walltime=true", "expected a wall time"),
         ("nodes=0", "resources.nodes: input should be greater than or equal to 1"),

@@ -160,6 +160,7 @@ TOKEN = "hf_" + "a1B2c3D4e5" * 3
     ("site", "key"),
     [
         ({"env": {"WANDB_API_KEY": "0123456789abcdef"}}, "site.env.WANDB_API_KEY"),
+        ({"env": {"PGPASSWORD": "let me in"}}, "site.env.PGPASSWORD"),
         ({"env": {"MARK": TOKEN}}, "site.env.MARK"),
         ({"preload": ["true", f"export HF={TOKEN}"]}, "site.preload"),
         ({"preload": ["export DB_PASSWORD='let me in'"]}, "site.preload"),

@@ -56,7 +56,7 @@ class Request:
         """
         if self.base not in BASES:
             raise ConfigError(
-                f"unknown base {self.base!r}{did_you_mean(self.base, BASES)} Known: {', '.join(BASES)}"
+                f"unknown base {self.base!r}{did_you_mean(self.base, BASES) or '.'} Known: {', '.join(BASES)}"
             )
         check_arch(self.base, self.machine)
         known = BASES[self.base].pins

@@ -44,4 +44,6 @@ def find(name: str) -> Machine:
         if name.lower() in (machine.kernel, machine.debian, machine.go):
             return machine
     known = [machine.kernel for machine in MACHINES]
-    raise ConfigError(f"unknown architecture {name!r}{did_you_mean(name, known)} Known: {', '.join(known)}")
+    raise ConfigError(
+        f"unknown architecture {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}"
+    )
