@@ -141,6 +141,7 @@ def test_build_dry_run(
         (["build", "--base", "debian", "--mirror", "http://x/debian"], "where to?"),
         (["def", "--base", "debain"], "did you mean 'debian'"),
         (["def", "--base", "debian", "--arch", "vax"], "unknown architecture 'vax'"),
+        (["def", "--base", "cuda", "--arch", "arm64", "--out", "/no/such/a.def"], "no folder /no/such that"),
     ],
 )
 def test_wrong_usage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -66,6 +67,8 @@ def define(*, out: Path | None, **choice: Any) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise click.UsageError(f"--out {out}: there is no folder {out.absolute().parent} that can be written")
     out.write_text(text, encoding="utf-8")
     if request.code == "image":
         wheel = code.write_wheel(out.absolute().parent)
@@ -237,8 +240,6 @@ def _image_of(settings: Container | None) -> Path:
 
 
 def _expanded(text: str | None, where: str) -> str | None:
-    import os
-
     from hpcsngd.config.fields import expand
 
     return None if text is None else expand(text, os.environ, where)

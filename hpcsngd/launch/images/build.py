@@ -153,6 +153,8 @@ def _refuse(job: Job) -> None:
         raise ConfigError(f"{job.target} exists: --force replaces it once the new image is complete")
     if not job.target.parent.is_dir():
         raise ConfigError(f"no folder {job.target.parent} for the image")
+    if not os.access(job.target.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"no permission to write the image into {job.target.parent}")
     if job.options.how == "remote" and job.runtime == "apptainer":
         raise ConfigError("Apptainer has no build --remote: use SingularityCE, or how: fakeroot")
     for bind in job.options.binds:

@@ -150,6 +150,14 @@ def test_a_folder_that_is_not_there_is_named(runtime: Path, tmp_path: Path) -> N
         build.build(job(tmp_path / "none" / "a.sif"), machine="x86_64", on_line=lambda line: None)
 
 
+def test_a_folder_that_cannot_be_written_is_named(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="no permission to write the image"):
+        build.build(job(tmp_path / "a.sif"), machine="x86_64", on_line=lambda line: None)
+
+
 def test_a_machine_without_a_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no apptainer or singularity in PATH"):
