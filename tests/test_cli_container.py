@@ -133,6 +133,25 @@ def test_build_dry_run(
     assert not (tmp_path / "my images").exists()
 
 
+def test_the_sites_build_options_may_name_variables(
+    tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (
+        "mirror: '${MIRROR}', tmp: '${SCRATCH}/tmp', binds: ['${CERTS:-/etc/ssl}'], pins: {TORCH: '${NEW}'}"
+    )
+    site.write_text(SITE.replace("build: {base: debian, ", f"build: {{base: debian, {options}}}\n#"))
+    monkeypatch.setenv("MIRROR", "http://deb.example.org/debian")
+    monkeypatch.setenv("NEW", "2.9.9")
+    assert call(monkeypatch, "def", "--site", site) == 0  # needs no scratch folder
+    assert call(monkeypatch, "build", "--site", site, "--dry-run") == 2
+    assert "container.build.tmp: the environment variable SCRATCH is not set" in capsys.readouterr().err
+    monkeypatch.setenv("SCRATCH", "/big disk")
+    assert call(monkeypatch, "build", "--site", site, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "env 'APPTAINER_TMPDIR=/big disk/tmp' apptainer build --force --bind /etc/ssl " in text
+    assert "'python3-torch=2.9.9*'" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from hpcsngd.cli.output import print_json
 from hpcsngd.errors import EXIT_PREFLIGHT
 
 if TYPE_CHECKING:
-    from hpcsngd.config.site import Container
+    from hpcsngd.config.site import Container, ImageBuild
     from hpcsngd.launch.images.definition import Request
     from hpcsngd.launch.images.sif import Sif
 
@@ -117,8 +117,9 @@ def build(
     options = given.model_copy(
         update={
             **{name: value for name, value in changes.items() if value},
-            "binds": [*given.binds, *binds],
-            "args": [*given.args, *args],
+            "tmp": _expanded(given.tmp, "container.build.tmp"),
+            "binds": [*_all_expanded(given.binds, "container.build.binds"), *binds],
+            "args": [*_all_expanded(given.args, "container.build.args"), *args],
         }
     )
     asked = runtime or (settings.runtime if settings else "auto")
@@ -216,10 +217,14 @@ def _request(
         machine=machine or machines.find(platform.machine()),
         code="bind" if wanted == "bind" else "image",
         parent=parent or _expanded(given.parent, "container.build.parent"),
-        pins={**given.pins, **_pins(pins)},
-        mirror=mirror or given.mirror or definition.apt_mirror(),
+        pins={**_site_pins(given), **_pins(pins)},
+        mirror=mirror or _expanded(given.mirror, "container.build.mirror") or definition.apt_mirror(),
     )
     return settings, request
+
+
+def _site_pins(given: ImageBuild) -> dict[str, str]:
+    return dict(zip(given.pins, _all_expanded(given.pins.values(), "container.build.pins"), strict=True))
 
 
 def _pins(words: Sequence[str]) -> dict[str, str]:
@@ -240,9 +245,14 @@ def _image_of(settings: Container | None) -> Path:
 
 
 def _expanded(text: str | None, where: str) -> str | None:
+    return None if text is None else _all_expanded([text], where)[0]
+
+
+def _all_expanded(texts: Iterable[str], where: str) -> list[str]:
+    """Returns what a site file says with its ``${NAME}`` filled in; only what is used has to be set."""
     from hpcsngd.config.fields import expand
 
-    return None if text is None else expand(text, os.environ, where)
+    return [expand(text, os.environ, where) for text in texts]
 
 
 @contextmanager
