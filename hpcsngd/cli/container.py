@@ -126,7 +126,8 @@ def build(
     target = image or _image_of(settings)
     if dry_run:
         name = builder.RUNTIMES[0] if asked == "auto" else asked
-        click.echo(builder.show(builder.Job(request, target, name, options, force)))
+        planned = builder.Job(request, target, name, options, force)
+        click.echo(builder.show(planned, machine=platform.machine()))
         return
     job = builder.Job(request, target, builder.find_runtime(asked), options, force)
     with _progress(quiet=quiet) as on_line:
