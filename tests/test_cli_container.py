@@ -113,6 +113,15 @@ def test_def_writes_the_wheel_beside_it(
     assert f"cd '{out.parent}' && apptainer build --force IMAGE.sif a.def" in capsys.readouterr().out
 
 
+def test_def_for_another_machine_says_where_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arch in ("x86_64", "aarch64"):
+        assert call(monkeypatch, "def", "--base", "cuda", "--arch", arch, "--out", tmp_path / "a.def") == 0
+        told = f"build it on a {arch} machine" in capsys.readouterr().out
+        assert told == (arch != platform.machine())
+
+
 def test_def_of_every_shipped_site_that_says_enough(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

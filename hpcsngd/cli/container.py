@@ -74,7 +74,11 @@ def define(*, out: Path | None, **choice: Any) -> None:
         wheel = code.write_wheel(out.absolute().parent)
         click.echo(f"{wheel}: hpcsngd for the image", err=True)
     folder = shlex.quote(str(out.absolute().parent))
-    click.echo(f"{out}: build it with")
+    needed = request.machine.kernel
+    where = (
+        "" if needed == platform.machine() else f" on a {needed} machine (hpcsngd container build uses qemu)"
+    )
+    click.echo(f"{out}: build it{where} with")
     click.echo(f"  cd {folder} && apptainer build --force IMAGE.sif {shlex.quote(out.name)}")
 
 
