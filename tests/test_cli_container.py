@@ -113,6 +113,15 @@ def test_def_writes_the_wheel_beside_it(
     assert f"cd '{out.parent}' && apptainer build --force IMAGE.sif a.def" in capsys.readouterr().out
 
 
+def test_def_for_another_machine_says_where_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arch in ("x86_64", "aarch64"):
+        assert call(monkeypatch, "def", "--base", "cuda", "--arch", arch, "--out", tmp_path / "a.def") == 0
+        told = f"build it on a {arch} machine" in capsys.readouterr().out
+        assert told == (arch != platform.machine())
+
+
 def test_def_of_every_shipped_site_that_says_enough(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +142,25 @@ def test_build_dry_run(
     assert not (tmp_path / "my images").exists()
 
 
+def test_the_sites_build_options_may_name_variables(
+    tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (
+        "mirror: '${MIRROR}', tmp: '${SCRATCH}/tmp', binds: ['${CERTS:-/etc/ssl}'], pins: {TORCH: '${NEW}'}"
+    )
+    site.write_text(SITE.replace("build: {base: debian, ", f"build: {{base: debian, {options}}}\n#"))
+    monkeypatch.setenv("MIRROR", "http://deb.example.org/debian")
+    monkeypatch.setenv("NEW", "2.9.9")
+    assert call(monkeypatch, "def", "--site", site) == 0  # needs no scratch folder
+    assert call(monkeypatch, "build", "--site", site, "--dry-run") == 2
+    assert "container.build.tmp: the environment variable SCRATCH is not set" in capsys.readouterr().err
+    monkeypatch.setenv("SCRATCH", "/big disk")
+    assert call(monkeypatch, "build", "--site", site, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "env 'APPTAINER_TMPDIR=/big disk/tmp' apptainer build --force --bind /etc/ssl " in text
+    assert "'python3-torch=2.9.9*'" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -141,6 +169,7 @@ def test_build_dry_run(
         (["build", "--base", "debian", "--mirror", "http://x/debian"], "where to?"),
         (["def", "--base", "debain"], "did you mean 'debian'"),
         (["def", "--base", "debian", "--arch", "vax"], "unknown architecture 'vax'"),
+        (["def", "--base", "cuda", "--arch", "arm64", "--out", "/no/such/a.def"], "no folder /no/such that"),
     ],
 )
 def test_wrong_usage(

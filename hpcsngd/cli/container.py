@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from hpcsngd.cli.output import print_json
 from hpcsngd.errors import EXIT_PREFLIGHT
 
 if TYPE_CHECKING:
-    from hpcsngd.config.site import Container
+    from hpcsngd.config.site import Container, ImageBuild
     from hpcsngd.launch.images.definition import Request
     from hpcsngd.launch.images.sif import Sif
 
@@ -66,12 +67,18 @@ def define(*, out: Path | None, **choice: Any) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise click.UsageError(f"--out {out}: there is no folder {out.absolute().parent} that can be written")
     out.write_text(text, encoding="utf-8")
     if request.code == "image":
         wheel = code.write_wheel(out.absolute().parent)
         click.echo(f"{wheel}: hpcsngd for the image", err=True)
     folder = shlex.quote(str(out.absolute().parent))
-    click.echo(f"{out}: build it with")
+    needed = request.machine.kernel
+    where = (
+        "" if needed == platform.machine() else f" on a {needed} machine (hpcsngd container build uses qemu)"
+    )
+    click.echo(f"{out}: build it{where} with")
     click.echo(f"  cd {folder} && apptainer build --force IMAGE.sif {shlex.quote(out.name)}")
 
 
@@ -114,15 +121,17 @@ def build(
     options = given.model_copy(
         update={
             **{name: value for name, value in changes.items() if value},
-            "binds": [*given.binds, *binds],
-            "args": [*given.args, *args],
+            "tmp": _expanded(given.tmp, "container.build.tmp"),
+            "binds": [*_all_expanded(given.binds, "container.build.binds"), *binds],
+            "args": [*_all_expanded(given.args, "container.build.args"), *args],
         }
     )
     asked = runtime or (settings.runtime if settings else "auto")
     target = image or _image_of(settings)
     if dry_run:
         name = builder.RUNTIMES[0] if asked == "auto" else asked
-        click.echo(builder.show(builder.Job(request, target, name, options, force)))
+        planned = builder.Job(request, target, name, options, force)
+        click.echo(builder.show(planned, machine=platform.machine()))
         return
     job = builder.Job(request, target, builder.find_runtime(asked), options, force)
     with _progress(quiet=quiet) as on_line:
@@ -213,10 +222,14 @@ def _request(
         machine=machine or machines.find(platform.machine()),
         code="bind" if wanted == "bind" else "image",
         parent=parent or _expanded(given.parent, "container.build.parent"),
-        pins={**given.pins, **_pins(pins)},
-        mirror=mirror or given.mirror or definition.apt_mirror(),
+        pins={**_site_pins(given), **_pins(pins)},
+        mirror=mirror or _expanded(given.mirror, "container.build.mirror") or definition.apt_mirror(),
     )
     return settings, request
+
+
+def _site_pins(given: ImageBuild) -> dict[str, str]:
+    return dict(zip(given.pins, _all_expanded(given.pins.values(), "container.build.pins"), strict=True))
 
 
 def _pins(words: Sequence[str]) -> dict[str, str]:
@@ -237,11 +250,14 @@ def _image_of(settings: Container | None) -> Path:
 
 
 def _expanded(text: str | None, where: str) -> str | None:
-    import os
+    return None if text is None else _all_expanded([text], where)[0]
 
+
+def _all_expanded(texts: Iterable[str], where: str) -> list[str]:
+    """Returns what a site file says with its ``${NAME}`` filled in; only what is used has to be set."""
     from hpcsngd.config.fields import expand
 
-    return None if text is None else expand(text, os.environ, where)
+    return [expand(text, os.environ, where) for text in texts]
 
 
 @contextmanager

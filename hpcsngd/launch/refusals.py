@@ -7,10 +7,12 @@ a person sees everything that is wrong at once.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcsngd import resources
 from hpcsngd.config.catalogue import DATASETS
 from hpcsngd.config.fields import walltime_minutes, walltime_text
 from hpcsngd.config.resolve import Resolved
@@ -46,6 +48,16 @@ def _origin(resolved: Resolved, key: str) -> str:
             return resolved.origins[key]
         key = key.rpartition(".")[0]
     return "default"
+
+
+def _site_option(resolved: Resolved) -> str:
+    """Returns what ``--site`` takes to mean this site: its name if that is known, its file otherwise."""
+    file, _, line = _origin(resolved, "site.description").rpartition(":")
+    known = resources.named_files("site_configs").get(resolved.site_name)
+    # an origin is a file's line, or the override that won; a record may come from a machine with other files
+    if not line.isdigit() or not Path(file).is_file() or (known is not None and known.samefile(file)):
+        return resolved.site_name
+    return shlex.quote(file if file.endswith((".yaml", ".yml")) else str(Path(file).absolute()))
 
 
 def _unsupported(resolved: Resolved) -> Iterator[str]:
@@ -141,7 +153,8 @@ def _architecture(resolved: Resolved, host: Host) -> Iterator[str]:
     nodes = host.machine if site.scheduler.kind == "local" else site.arch
     found = host.image_arch(site.container.image) if site.container else None
     if found and nodes not in ("any", found):
-        yield f"{_rule(resolved, 'container.image')}: {check.wrong_arch(found, nodes, resolved.site_name)}"
+        words = check.wrong_arch(found, nodes, _site_option(resolved))
+        yield f"{_rule(resolved, 'container.image')}: {words}"
 
 
 def _files(resolved: Resolved, host: Host) -> Iterator[str]:
@@ -160,7 +173,7 @@ def _image(resolved: Resolved, wanted: Container, host: Host) -> Iterator[str]:
     if not host.exists(wanted.image):
         yield (
             f"{_rule(resolved, 'container.image')}: no image at {wanted.image}; "
-            f"make it with: hpcsngd container build --site {resolved.site_name}"
+            f"make it with: hpcsngd container build --site {_site_option(resolved)}"
         )
     elif problem := host.image_problem(wanted.image, wanted.code):
         yield f"{_rule(resolved, 'container.image')}: {problem}"

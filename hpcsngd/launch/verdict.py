@@ -39,6 +39,9 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ("out_of_memory", r"(?:CUDA|HIP) out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"),
     ("out_of_memory", _EXCEPTION + r"(?:OutOfMemoryError|MemoryError)\b"),
     ("out_of_memory", r"DefaultCPUAllocator: .*(?:can't|not enough) |oom[-_]kill event|Out Of Memory"),
+    # a full /dev/shm, in the words of data loaders, torch and NCCL; it is not a quota, though torch says so
+    ("out_of_memory", r"out of shared memory|unable to (?:write to file </torch_|allocate shared memory)"),
+    ("out_of_memory", r"Error while creating shared memory segment"),
     ("quota", r"No space left on device|Disk quota exceeded"),
     (
         "configuration",

@@ -23,6 +23,11 @@ _BY_NAME = {
 _BY_ERRNO = {errno.ENOSPC: "quota", errno.EDQUOT: "quota", errno.ENOMEM: "out_of_memory"}
 # RuntimeErrors of torch that have no class of their own
 _BY_WORDS = (
+    # a full /dev/shm, in the words of data loaders, torch and NCCL; it is not a quota, though torch says so
+    ("out of shared memory", "out_of_memory"),
+    ("unable to write to file </torch_", "out_of_memory"),
+    ("unable to allocate shared memory", "out_of_memory"),
+    ("Error while creating shared memory segment", "out_of_memory"),
     ("DefaultCPUAllocator: ", "out_of_memory"),
     ("CUBLAS_STATUS_ALLOC_FAILED", "out_of_memory"),
     ("CUDA out of memory", "out_of_memory"),

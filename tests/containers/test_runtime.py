@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpcsngd import fingerprint
 from hpcsngd.config.site import Container, ImageBuild
 from hpcsngd.errors import RunFailedError
 from hpcsngd.launch import commands, container, environment, plan, verdict
-from hpcsngd.launch.images import bases, build, definition, machines, sif
+from hpcsngd.launch.images import bases, build, code, definition, machines, sif
 from hpcsngd.launch.plan import Plan
 from tests.launch.conftest import LOCAL_SITE, Configure
 from tests.launch.images.test_definition import EVERY, request_for
@@ -152,6 +155,22 @@ def test_a_signature_is_seen(busybox_image: Path, tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sif.read(image).signatures == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)  # the first test may build the image
+def test_an_image_passes_its_own_test_with_our_code_in_it(torch_image: Path, tmp_path: Path) -> None:
+    """The kept image has no code, so that it outlives commits; here it gets the wheel's, as in a build."""
+    folder = tmp_path / "lib"
+    with zipfile.ZipFile(code.write_wheel(tmp_path)) as wheel:
+        wheel.extractall(folder)
+    words = ["apptainer", "test", "--cleanenv", "--bind", f"{folder}:/opt/hpcsngd/lib", str(torch_image)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank 1 of 2: all-reduce ok" in done.stdout
+    assert f"hpcsngd {fingerprint.identity()}" in done.stdout
+    assert re.search(r"^ok +torch +\d", done.stdout, re.MULTILINE)  # doctor
+    assert "broken" not in done.stdout
 
 
 # Definitions

@@ -204,6 +204,14 @@ def test_an_image_that_is_missing_and_its_runtime() -> None:
     assert (found["image"].verdict, found["runtime"].text) == ("ok", "apptainer version 1.4.5")
 
 
+def test_an_image_that_gets_no_driver_on_a_site_with_gpus() -> None:
+    section = {"image": "/images/a.sif"}
+    site = SLURM | {"gpus_per_node": 4, "container": section}
+    assert "container.gpu_flag" in findings(Standin(slurm_answers()), site)["gpus in image"].advice
+    for fine in (site | {"gpus_per_node": 0}, site | {"container": section | {"gpu_flag": "--nv"}}):
+        assert "gpus in image" not in findings(Standin(slurm_answers()), fine)
+
+
 def test_gpus() -> None:
     two = Output(0, "NVIDIA H100, 550.54\nNVIDIA H100, 550.54\n")
     site = {"description": "d", "scheduler": {"kind": "local"}, "gpus_per_node": 2}

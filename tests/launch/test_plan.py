@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,23 @@ def test_refusals(
 def test_missing_files_are_refused(configure: Configure, host: Host) -> None:
     bare = dataclasses.replace(host, exists=lambda path: False)
     with_image = changed(container={"image": "/images/a.sif"})
-    assert "no image at /images/a.sif" in refusal(configure, bare, with_image)
+    text = refusal(configure, bare, with_image)
+    assert "no image at /images/a.sif" in text
+    words = shlex.split(text.partition("make it with: ")[2])
+    assert words[:4] == ["hpcsngd", "container", "build", "--site"]
+    assert Path(words[4]).name == "testsite.yaml"  # known by its path alone
+    assert Path(words[4]).is_file()
     with_python = changed(launch={"python": "/opt/py/bin/python"})
     assert "no Python at /opt/py/bin/python" in refusal(configure, bare, with_python)
+
+
+def test_the_remedy_names_a_known_site_by_its_name(
+    configure: Configure, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCSNGD_SITES", str(tmp_path))
+    other = dataclasses.replace(host, image_arch=lambda path: "aarch64")
+    text = refusal(configure, other, changed(container={"image": "/images/a.sif"}))
+    assert "hpcsngd container build --site testsite --force" in text
 
 
 def test_an_image_of_another_architecture_is_refused(configure: Configure, host: Host) -> None:

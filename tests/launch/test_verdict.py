@@ -53,6 +53,18 @@ def test_recorded_logs(log: str, status: int, kind: str, words: str) -> None:
             "out_of_memory",
         ),
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=12.0.", "out_of_memory"),
+        (
+            (
+                "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. "
+                "It is possible that dataloader's workers are out of shared memory."
+            ),
+            "out_of_memory",
+        ),
+        ("RuntimeError: unable to write to file </torch_7_1>: No space left on device (28)", "out_of_memory"),
+        (
+            "NCCL WARN Error while creating shared memory segment /dev/shm/nccl-Ab1 (size 9637888)",
+            "out_of_memory",
+        ),
         ("OSError: [Errno 28] No space left on device", "quota"),
         ("OSError: [Errno 122] Disk quota exceeded: '/home/x'", "quota"),
         ("bash: line 3: 4711 Killed                  python train.py", "killed"),

@@ -26,6 +26,13 @@ def caused_by(cause: BaseException) -> Exception:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory"),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. ... out of shared memory"
+            ),
+            "out_of_memory",
+        ),
+        (RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)"), "out_of_memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "quota"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
         (OSError(errno.EACCES, "Permission denied"), "unknown"),

@@ -138,3 +138,10 @@ def _runtime(site: Site | None, machine: Machine) -> Iterator[Finding]:
         text = f"no {' and no '.join(names)} in PATH"
         advice = "load the site's module, or check that the nodes have it: jobs run inside an image"
         yield (broken if site.scheduler.kind == "local" else warning)("runtime", text, advice)
+    if site and site.container and site.gpus_per_node and site.container.gpu_flag == "none":
+        advice = (
+            "set container.gpu_flag to --nv or --rocm, unless the nodes' runtime always brings the driver"
+        )
+        yield warning(
+            "gpus in image", "the site has GPUs, but nothing brings their driver into the image", advice
+        )

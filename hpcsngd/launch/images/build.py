@@ -21,7 +21,7 @@ from pathlib import Path
 from hpcsngd.config.site import ImageBuild
 from hpcsngd.errors import ConfigError, RunFailedError
 from hpcsngd.launch.images import code, sif
-from hpcsngd.launch.images.definition import Request, needs_mirror, render
+from hpcsngd.launch.images.definition import Request, from_registry, needs_mirror, render
 from hpcsngd.launch.images.machines import MACHINES, Machine
 
 RUNTIMES = ("apptainer", "singularity")
@@ -65,14 +65,18 @@ class Job:
         return self.target.with_name(self.target.name + ".log")
 
 
-def command(job: Job, target: Path, definition: Path) -> list[str]:
+def command(job: Job, target: Path, definition: Path, *, machine: str) -> list[str]:
     """Returns the words that build a definition into a target. Options come first: the runtime insists.
 
     ``--force``, because without it the labels of a parent image win over ours; `build` looks after what is at
-    the target.
+    the target. ``--arch``, because a registry and a remote builder are asked for this machine's images
+    otherwise; debootstrap does not see it and has `_SHIM`.
     """
     words = [job.runtime, "build", "--force"]
     words += {"plain": [], "fakeroot": ["--fakeroot"], "remote": ["--remote"]}[job.options.how]
+    is_asked_for = job.options.how == "remote" or from_registry(job.request.base)
+    if is_asked_for and job.request.machine.kernel != machine:
+        words += ["--arch", job.request.machine.go]
     for bind in job.options.binds:
         words += ["--bind", bind]
     return [*words, *job.options.args, str(target), str(definition)]
@@ -91,12 +95,21 @@ def environment(options: ImageBuild, given: Mapping[str, str]) -> dict[str, str]
     return {**given, **both}
 
 
-def show(job: Job) -> str:
-    """Returns the definition and the command, as text that a shell could run; writes nothing."""
+def show(job: Job, *, machine: str) -> str:
+    """Returns the definition and the command, as text that a shell could run; writes nothing.
+
+    Args:
+        job: the build.
+        machine: architecture of this machine, in the kernel's name.
+    """
     extra = environment(job.options, {})
     words = [f"{name}={value}" for name, value in sorted(extra.items()) if name.startswith("APPTAINER")]
-    line = shlex.join([*(["env", *words] if words else []), *command(job, job.target, Path("IMAGE.def"))])
-    return f"{render(job.request)}\n# --- built with, IMAGE.def being the text above\n{line}\n"
+    built = command(job, job.target, Path("IMAGE.def"), machine=machine)
+    line = shlex.join([*(["env", *words] if words else []), *built])
+    shim = ""
+    if _needs_shim(job, machine):
+        shim = f"# first in PATH: a debootstrap that asks for --arch={job.request.machine.debian}\n"
+    return f"{render(job.request)}\n# --- built with, IMAGE.def being the text above\n{shim}{line}\n"
 
 
 def find_runtime(asked: str) -> str:
@@ -153,6 +166,8 @@ def _refuse(job: Job) -> None:
         raise ConfigError(f"{job.target} exists: --force replaces it once the new image is complete")
     if not job.target.parent.is_dir():
         raise ConfigError(f"no folder {job.target.parent} for the image")
+    if not os.access(job.target.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"no permission to write the image into {job.target.parent}")
     if job.options.how == "remote" and job.runtime == "apptainer":
         raise ConfigError("Apptainer has no build --remote: use SingularityCE, or how: fakeroot")
     for bind in job.options.binds:
@@ -167,9 +182,14 @@ def _prepare(job: Job, scratch: Path, partial: Path, machine: str) -> tuple[list
     definition = scratch / "image.def"
     definition.write_text(render(job.request, wheel=str(wheel)), encoding="utf-8")
     env = environment(job.options, os.environ)
-    if needs_mirror(job.request.base) and job.request.machine.kernel != machine:
+    if _needs_shim(job, machine):
         env["PATH"] = f"{_write_shim(scratch, job.request.machine)}:{env['PATH']}"
-    return command(job, partial.absolute(), definition), env
+    return command(job, partial.absolute(), definition, machine=machine), env
+
+
+def _needs_shim(job: Job, machine: str) -> bool:
+    is_elsewhere = job.options.how == "remote"
+    return not is_elsewhere and needs_mirror(job.request.base) and job.request.machine.kernel != machine
 
 
 def _write_shim(scratch: Path, wanted: Machine) -> Path:

@@ -133,6 +133,11 @@ def needs_mirror(base: str) -> bool:
     return "@MIRROR@" in _template(resource_dir("containers"), BASES[base].template)
 
 
+def from_registry(base: str) -> bool:
+    """Returns whether a base starts from an image in a registry."""
+    return "Bootstrap: docker\n" in _template(resource_dir("containers"), BASES[base].template)
+
+
 def _values(request: Request) -> dict[str, str]:
     values = {
         "VERSION": __version__,

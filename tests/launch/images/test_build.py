@@ -150,6 +150,14 @@ def test_a_folder_that_is_not_there_is_named(runtime: Path, tmp_path: Path) -> N
         build.build(job(tmp_path / "none" / "a.sif"), machine="x86_64", on_line=lambda line: None)
 
 
+def test_a_folder_that_cannot_be_written_is_named(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="no permission to write the image"):
+        build.build(job(tmp_path / "a.sif"), machine="x86_64", on_line=lambda line: None)
+
+
 def test_a_machine_without_a_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no apptainer or singularity in PATH"):
@@ -177,8 +185,25 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(runtime: Path, tmp_path: Path)
 
 
 def test_the_dry_run_says_everything_and_does_nothing(tmp_path: Path) -> None:
-    text = build.show(job(tmp_path / "a.sif", how="fakeroot", compression="zstd"))
+    text = build.show(job(tmp_path / "a.sif", how="fakeroot", compression="zstd"), machine="x86_64")
     assert "Bootstrap: debootstrap" in text
     assert f"apptainer build --force --fakeroot {tmp_path}/a.sif IMAGE.def" in text
     assert "'APPTAINER_MKSQUASHFS_ARGS=-comp zstd -Xcompression-level 3'" in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "how", "words"),
+    [
+        ("cuda", "plain", "apptainer build --force --arch arm64 a.sif"),
+        ("cuda", "remote", "apptainer build --force --remote --arch arm64 a.sif"),
+        ("debian", "plain", "--arch=arm64\napptainer build --force a.sif"),
+        ("debian", "remote", "text above\napptainer build --force --remote --arch arm64 a.sif"),
+    ],
+)
+def test_another_architecture_is_asked_of_whoever_provides_it(base: str, how: str, words: str) -> None:
+    request = Request(base, machines.find("aarch64"), mirror=MIRROR)
+    options = ImageBuild.model_validate({"how": how})
+    wanted = Job(request, Path("a.sif"), "apptainer", options)
+    assert words in build.show(wanted, machine="x86_64")
+    assert "--arch" not in build.show(wanted, machine="aarch64")
