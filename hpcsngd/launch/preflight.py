@@ -74,9 +74,9 @@ def folder_problems(run_root: Path) -> Iterator[str]:
         return
     space = os.statvfs(place)
     free_mb = space.f_bavail * space.f_frsize // 2**20
-    if free_mb < MIN_FREE_MB:
+    # file systems without a fixed size, or number of inodes, say 0 of 0
+    if space.f_blocks and free_mb < MIN_FREE_MB:
         yield f"run root {run_root}: {free_mb} MB are free there, a run needs {MIN_FREE_MB} MB or more"
-    # file systems without a fixed number of inodes say 0 of 0
     if space.f_files and space.f_favail < MIN_FREE_FILES:
         yield f"run root {run_root}: room for {space.f_favail} files only, a run needs {MIN_FREE_FILES}"
 

@@ -290,7 +290,7 @@ def test_the_wall_time_ends_a_local_job(configure: Configure, monkeypatch: pytes
     from hpcsngd.launch import executors
 
     real = executors._controller_environment
-    short = {"SUBMITIT_LOCAL_TIMEOUT_S": "4", "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "2"}
+    short = {"SUBMITIT_LOCAL_TIMEOUT_S": "15", "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "2"}
     monkeypatch.setattr(executors, "_controller_environment", lambda *given: real(*given) | short)
     submitted = send(configure, launch=PER_RANK, env={"STANDIN": "hang"})
     ended = submit.wait(submitted.run, poll_s=0.2)

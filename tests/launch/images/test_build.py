@@ -167,6 +167,8 @@ def test_a_machine_without_a_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_ctrl_c_ends_the_build_and_leaves_nothing(runtime: Path, tmp_path: Path) -> None:
     (tmp_path / "script").write_text('echo $$ >"$SEEN/pid"; sleep 60 & wait\n')
     code = (
+        # tests in the background of a shell inherit an ignored SIGINT
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; import sys; from tests.launch.images.test_build import build, job\n"
         "build.build(job(Path(sys.argv[1])), machine='x86_64', on_line=print)"
     )
