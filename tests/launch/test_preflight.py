@@ -127,12 +127,14 @@ def test_everything_is_told_at_once(configure: Configure, path: Path, tmp_path: 
 
 def test_little_space_and_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(preflight.folder_problems(tmp_path / "new" / "runs")) == []
-    tight = SimpleNamespace(f_bavail=255, f_frsize=2**20, f_files=10**6, f_favail=999)
+    tight = SimpleNamespace(f_blocks=10**6, f_bavail=255, f_frsize=2**20, f_files=10**6, f_favail=999)
     monkeypatch.setattr(os, "statvfs", lambda place: tight)
     space, files = preflight.folder_problems(tmp_path)
     assert "255 MB are free there, a run needs 256 MB" in space
     assert "room for 999 files only" in files
     tight.f_bavail, tight.f_files, tight.f_favail = 256, 0, 0
+    assert list(preflight.folder_problems(tmp_path)) == []
+    tight.f_blocks, tight.f_bavail = 0, 0  # a file system that does not tell
     assert list(preflight.folder_problems(tmp_path)) == []
 
 
