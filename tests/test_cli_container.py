@@ -126,8 +126,9 @@ def test_def_of_every_shipped_site_that_says_enough(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mirror = ("--mirror", "http://deb.example.org/debian")
-    assert call(monkeypatch, "def", "--site", "mist", *mirror) == 0
-    assert "base cuda-ppc64le, ppc64le" in capsys.readouterr().out
+    for name in ("mist", "summit"):
+        assert call(monkeypatch, "def", "--site", name, *mirror) == 0
+        assert "base cuda-ppc64le, ppc64le" in capsys.readouterr().out
     assert call(monkeypatch, "def", "--site", "frontier", *mirror) == 2
     assert "--base cuda or --base rocm" in capsys.readouterr().err
     assert call(monkeypatch, "def", "--site", "slurm", *mirror) == 0
