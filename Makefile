@@ -43,7 +43,8 @@ lint: venv ## the part of check that runs no test
 bench: venv ## benchmarks; ratios within one run, results in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.hylo
-	$(BIN)/python -m benchmarks.hylo
+	$(BIN)/python -m benchmarks.kfac
+	$(BIN)/python -m benchmarks.mfac
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

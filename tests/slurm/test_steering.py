@@ -50,6 +50,8 @@ def test_a_held_run_and_the_one_after_it(slurm_cluster: SlurmCluster, configure:
     waiting = order.directives("slurm", after=[first.run])
     assert waiting == {"dependency": f"afterok:{first.job_id}"}
     second = send(configure, "ok", **waiting)
+    # Slurm names the dependency only after its scheduler has looked at the job.
+    wait_until(lambda: state_of(second.run).reason.startswith("Dependency"), "the reason", timeout_s=60)
     found = status.states([first.run, second.run])
     assert [state.state for state in found] == ["pending", "pending"]
     assert found[0].reason == f"JobHeldUser: held; start it with: scontrol release {first.job_id}"
