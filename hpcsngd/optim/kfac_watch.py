@@ -1,9 +1,4 @@
-"""Hooks that turn forward passes and the gradients at each layer's output into calls and their statistics.
-
-Calls of one layer in one forward pass belong together. A forward pass after a backward pass begins a new
-micro-batch. Calls count only once a gradient has arrived: forwards in ``no_grad`` or without backward leave
-nothing behind. Gradients are watched by hooks on the output *tensor*, which survive in-place activations
-after the layer; full backward hooks do not.
+"""Turns the calls of layers (`hpcsngd.optim.watching`), and the gradients at their outputs, into statistics.
 
 Gradients come from the loss's own backward pass, or, for matrices that need others, from `Watch.push`: it
 runs from the model's outputs to the layers' outputs only, so that neither ``.grad`` nor the hooks of
@@ -13,21 +8,21 @@ DistributedDataParallel notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.kfac_layers import Call, CoveredLayer, Statistic
 from hpcsngd.optim.stopwatch import Stopwatch
+from hpcsngd.optim.watching import Watching
 
 Calls: TypeAlias = Mapping[int, Sequence[Call]]
 
 
-class Watch:
+class Watch(Watching[CoveredLayer, Call]):
     """Watches layers and keeps the calls of those that are due.
 
     Args:
@@ -48,41 +43,18 @@ class Watch:
         *,
         pushes: bool = False,
     ) -> None:
-        self.due = frozenset(layer.name for layer in layers)
-        self._layers = {layer.name: layer for layer in layers}
-        self._stopwatch, self._dtype, self._pushes = stopwatch, dtype, pushes
-        self._calls: dict[str, dict[int, list[Call]]] = {layer.name: {} for layer in layers}
+        super().__init__(layers, stopwatch)
+        self._dtype, self._pushes = dtype, pushes
         self._pending: list[tuple[CoveredLayer, Call, GradientEdge]] = []
-        self._micro_batch = 0
-        self._gradient_seen = False
-        self._handles = [
-            layer.module.register_forward_hook(partial(self._on_forward, layer), with_kwargs=True)
-            for layer in layers
-        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """Returns an idle watch: a copy of the model (an average of weights, say) is not watched."""
         return Watch([], Stopwatch(enabled=False))
 
-    def close(self) -> None:
-        """Removes every hook and forgets all calls."""
-        self.due = frozenset()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.clear()
-
     def clear(self) -> None:
         """Forgets all calls."""
-        for calls in self._calls.values():
-            calls.clear()
+        super().clear()
         self._pending.clear()
-        self._micro_batch, self._gradient_seen = 0, False
-
-    @property
-    def micro_batches(self) -> int:
-        """Returns how many micro-batches have calls with gradients."""
-        return len({micro_batch for calls in self._calls.values() for micro_batch in calls})
 
     @property
     def is_waiting(self) -> bool:
@@ -138,45 +110,18 @@ class Watch:
             return error
         return total
 
-    def _on_forward(
-        self,
-        layer: CoveredLayer,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
-    ) -> None:
-        if not (layer.name in self.due and torch.is_grad_enabled() and output.requires_grad):
-            return
-        if self._gradient_seen:
-            self._micro_batch, self._gradient_seen = self._micro_batch + 1, False
-        x: Tensor = args[0] if args else kwargs["input"]
-        with self._stopwatch.phase("capture"), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            call = layer.open_call(x.detach(), output.detach(), self.dtype(layer))
+    def _open(self, layer: CoveredLayer, x: Tensor, output: Tensor) -> Call:
+        return layer.open_call(x.detach(), output.detach(), self.dtype(layer))
+
+    def _await(self, layer: CoveredLayer, call: Call, output: Tensor) -> None:
         if self._pushes:
             self._pending.append((layer, call, get_gradient_edge(output)))
         else:
-            hook = partial(self._on_gradient, layer, self._micro_batch, call)
-            output.register_hook(hook)  # type: ignore[no-untyped-call]
+            super()._await(layer, call, output)
 
     def _on_gradient(self, layer: CoveredLayer, micro_batch: int, call: Call, grad: Tensor) -> None:
-        if layer.name not in self.due:
-            return
-        if call.gradients:
+        if layer.name in self.due and call.gradients:
             raise RuntimeError(
                 f"layer {layer.name}: second backward pass through one forward pass; add it to skip"
             )
-        self._gradient_seen = True
-        self._add(layer, micro_batch, call, grad)
-
-    def _add(self, layer: CoveredLayer, micro_batch: int, call: Call, grad: Tensor) -> None:
-        # Autocast is still on where backward() is called under it.
-        with (
-            self._stopwatch.phase("capture"),
-            torch.no_grad(),
-            torch.autocast(grad.device.type, enabled=False),
-        ):
-            call.add_gradient(grad.detach())
-        calls = self._calls[layer.name].setdefault(micro_batch, [])
-        if call not in calls:
-            calls.append(call)
+        super()._on_gradient(layer, micro_batch, call, grad)
