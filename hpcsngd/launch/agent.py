@@ -31,6 +31,7 @@ from hpcsngd.launch import (
     processes,
     requeue,
     slurm,
+    turn,
     verdict,
     watch,
 )
@@ -95,6 +96,8 @@ class NodeAgent:
         log.info("agent %d of %d on %s, orphans adopted: %s", here.index, here.agents, here.host, is_adopting)
         with Stop() as stop:
             try:
+                if here.is_leader and not turn.has_come(context):
+                    return
                 ended = Supervisor(context, stop).run()
             except Exception as error:
                 outcome.fail(context, error)

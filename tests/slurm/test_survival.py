@@ -24,7 +24,7 @@ import yaml
 
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Override, Resolved, full_path, resolve
-from hpcsngd.launch import sending, submit
+from hpcsngd.launch import order, sending, submit
 from hpcsngd.launch.plan import Plan
 from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
@@ -33,7 +33,7 @@ from tests.testbed.slurmbed.cluster import read_facts
 from tests.testbed.slurmbed.config import Site
 from tests.testbed.slurmbed.layout import Layout, login_name
 
-from .conftest import Configure, site_data
+from .conftest import STANDIN, Configure, site_data
 
 if TYPE_CHECKING:
     from tests.testbed.plugin import SlurmCluster
@@ -216,10 +216,24 @@ def test_signals_requeues_and_preemption_do_not_change_a_run(
 
 
 def test_a_chain_past_the_limit_and_kills_beside_it(
-    slurm_cluster: SlurmCluster, slow: Callable[..., Resolved], unbroken: RunDir, tmp_path: Path
+    slurm_cluster: SlurmCluster,
+    slow: Callable[..., Resolved],
+    configure: Configure,
+    unbroken: RunDir,
+    tmp_path: Path,
 ) -> None:
-    """A run is longer than the site allows and its submitter is gone; beside it, processes are killed."""
+    """A run is longer than the site allows and its submitter is gone; beside it, processes are killed.
+
+    Another run was to start after it, and does so after the last job of the chain.
+    """
     chain = submitted_and_orphaned(tmp_path)
+    follower = submit.submit(
+        configure(),
+        argv=["test"],
+        worker=STANDIN,
+        directives=order.directives("slurm", after=[chain]),
+        after=[chain],
+    )
     shot_worker, _ = send(slow(1.0))
     wait_until(lambda: step_of(shot_worker) >= 2, "step 2 of the run whose worker is killed")
     os.kill(worker_pid(shot_worker, 3), signal.SIGKILL)
@@ -247,6 +261,12 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
     assert end_of(chain, 1)["job_id"] == jobs[1]
     assert_equal(chain, unbroken)
     assert_nothing_left(chain)
+    followed = submit.wait(follower.run, poll_s=0.5)
+    assert (followed.state, followed.attempt) == ("completed", 1), followed.reason
+    began = rundir.read_yaml(follower.run.attempt(1).attempt_yaml)
+    assert began["start"] > ended.utc
+    # it did not wait for the chain's first job alone
+    assert began["job_id"] != follower.job_id
 
 
 def submitted_and_orphaned(tmp_path: Path) -> RunDir:
