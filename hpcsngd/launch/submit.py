@@ -18,7 +18,7 @@ from typing import Any
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, preflight, provenance, sending, status
+from hpcsngd.launch import plan, preflight, provenance, sending, status, usage
 from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import Fault, RunDir, Status
 
@@ -126,11 +126,11 @@ def wait(
         state = status.states([run])[0]
         if on_update:
             on_update(state)
-        if found := status.current(run):
-            return found
         silent_polls = silent_polls + 1 if state.has_ended else 0
-        if silent_polls >= ENDED_POLLS:
-            return _write_ending(run, state)
+        found = status.current(run)
+        if found or silent_polls >= ENDED_POLLS:
+            usage.settle(run)
+            return found or _write_ending(run, state)
         time.sleep(pause_s)
 
 
