@@ -26,6 +26,10 @@ ENDED_POLLS = 3
 """A job must be gone in so many polls before its silence counts: its status may be on its way to us."""
 
 
+FILES_POLL_S = 2.0
+"""Files may be asked more often than the scheduler."""
+
+
 @dataclass(frozen=True)
 class Submitted:
     """A submitted run and the scheduler's id of its job (the controller's process id on a local site)."""
@@ -131,7 +135,14 @@ def wait(
         if found or silent_polls >= ENDED_POLLS:
             usage.settle(run)
             return found or _write_ending(run, state)
-        time.sleep(pause_s)
+        _pause(run, pause_s)
+
+
+def _pause(run: RunDir, pause_s: float) -> None:
+    """Waits before the next question to the scheduler, or until the run's own status is there."""
+    end = time.monotonic() + pause_s
+    while (left_s := end - time.monotonic()) > 0 and not status.current(run):
+        time.sleep(min(FILES_POLL_S, left_s))
 
 
 def _write_ending(run: RunDir, state: status.RunState) -> Status:
