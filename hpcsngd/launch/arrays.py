@@ -19,7 +19,7 @@ from submitit.core.utils import FailedSubmissionError
 from hpcsngd.errors import SchedulerError
 from hpcsngd.launch.executors import SlurmSiteExecutor
 from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch.programs import command_output
 from hpcsngd.sweepdir import SweepDir
 
 DEFAULT_SIZE = 1001

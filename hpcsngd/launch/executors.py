@@ -22,7 +22,7 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from hpcsngd.launch import environment
 from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch.programs import command_output
 
 STRAGGLER_WAIT_S = 60
 """After the first agent has ended, srun gives the others this long."""

@@ -1,7 +1,7 @@
 """A run that was stopped goes on: whether it may, and how its next attempt gets into the queue.
 
 The agent of node 0 sees to it from inside the job, so the host that submitted may be gone, and nothing else
-has to run anywhere. ``scontrol requeue`` keeps the job and its id. Where that is refused or missing, the
+has to run anywhere. ``scontrol requeue`` and ``brequeue`` keep the job and its id. Where that is refused or missing, the
 agent submits a new job for the same run that waits for the end of this one.
 """
 
@@ -13,10 +13,9 @@ from typing import Any
 
 from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import ownjob, sending
+from hpcsngd.launch import schedulers, sending
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.slurm import command_output
 from hpcsngd.rundir import Attempt, RunDir
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,9 @@ def refusal(
         first_checkpoint: the newest one when the attempt began.
     """
     if cause not in plan.restart_on:
-        return f"restart.on has no {cause}" if plan.scheduler == "slurm" else "local runs are not restarted"
+        return (
+            f"restart.on has no {cause}" if schedulers.of(plan.scheduler) else "local runs are not restarted"
+        )
     if attempt.cancel_request.exists():
         return "it was cancelled"
     number = attempts_in_a_row(run, attempt, restarts)
@@ -69,12 +70,12 @@ def go_on(run: RunDir, plan: Plan, attempt: Attempt, place: Place, facts: Mappin
     Raises:
         SchedulerError: neither way works; with both reasons.
     """
-    job_id = place.job_id
+    job_id, scheduler = place.job_id, schedulers.QUEUES[plan.scheduler]
     rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "requeue", "job_id": job_id})
     try:
-        command_output(["scontrol", "requeue", job_id], timeout_s=plan.command_timeout_s)
+        scheduler.requeue(job_id, timeout_s=plan.command_timeout_s)
     except SchedulerError as error:
-        job = ownjob.ask(job_id, timeout_s=plan.command_timeout_s)
+        job = scheduler.own_job(job_id, timeout_s=plan.command_timeout_s)
         if job and job.fate(place.restarts) == "restarting":
             # the scheduler was quicker: it has noticed the lost node, too
             rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "scheduler", "job_id": job_id})
@@ -87,7 +88,8 @@ def go_on(run: RunDir, plan: Plan, attempt: Attempt, place: Place, facts: Mappin
 def _resubmit(run: RunDir, plan: Plan, attempt: Attempt, job_id: str, *, because: SchedulerError) -> str:
     # afterany: this job's exit status says nothing, but two attempts must not run at once
     try:
-        return sending.send(run, plan, attempt.number + 1, dependency=f"afterany:{job_id}")
+        wait = schedulers.QUEUES[plan.scheduler].after([job_id], succeeded=False)
+        return sending.send(run, plan, attempt.number + 1, **wait)
     except SchedulerError as error:
         attempt.ended_yaml.unlink()
         raise SchedulerError(f"{because}; {error}") from error
