@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcsngd.launch.rehearse import cluster
+from hpcsngd.launch.rehearse import cluster, launchers
 
 Command = Callable[[list[str], Path], int]
 
 
 def commands() -> dict[str, Command]:
     """Returns every command by name: it takes its words and the cluster's folder, and returns a status."""
-    return {}
+    return {"jsrun": launchers.jsrun, "blaunch": launchers.blaunch, "lsrun": launchers.lsrun}
 
 
 def main() -> None:
