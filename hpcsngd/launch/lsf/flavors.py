@@ -61,6 +61,11 @@ def checked(name: str) -> Flavor:
     raise ValueError(f"LSF flavor {name!r}; allowed: auto, {', '.join(FLAVORS)}")
 
 
+def known(flavor: Flavor) -> frozenset[str]:
+    """Returns the options of a flavor's bsub, without the dash."""
+    return _KNOWN[flavor]
+
+
 def default_launcher(flavor: Flavor, nodes: int) -> str:
     """Returns what starts processes on all nodes of a job; on Summit even one node is not the job's first."""
     if flavor == "csm":

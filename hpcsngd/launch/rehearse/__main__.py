@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcsngd.launch.rehearse import cluster, launchers
+from hpcsngd.launch.rehearse import cluster, launchers, lsf_commands
 
 Command = Callable[[list[str], Path], int]
 
 
 def commands() -> dict[str, Command]:
     """Returns every command by name: it takes its words and the cluster's folder, and returns a status."""
-    return {"jsrun": launchers.jsrun, "blaunch": launchers.blaunch, "lsrun": launchers.lsrun}
+    own = {"jsrun": launchers.jsrun, "blaunch": launchers.blaunch, "lsrun": launchers.lsrun}
+    return own | lsf_commands.COMMANDS
 
 
 def main() -> None:
