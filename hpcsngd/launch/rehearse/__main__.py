@@ -7,14 +7,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcsngd.launch.rehearse import cluster, launchers
+from hpcsngd.launch.rehearse import cluster, launchers, slurm_commands
 
 Command = Callable[[list[str], Path], int]
 
 
 def commands() -> dict[str, Command]:
     """Returns every command by name: it takes its words and the cluster's folder, and returns a status."""
-    return {"jsrun": launchers.jsrun, "blaunch": launchers.blaunch, "lsrun": launchers.lsrun}
+    return {
+        "jsrun": launchers.jsrun,
+        "blaunch": launchers.blaunch,
+        "lsrun": launchers.lsrun,
+        "sbatch": slurm_commands.sbatch,
+        "srun": slurm_commands.srun,
+        "squeue": slurm_commands.squeue,
+        "sacct": slurm_commands.sacct,
+        "scancel": slurm_commands.scancel,
+        "scontrol": slurm_commands.scontrol,
+    }
 
 
 def main() -> None:
