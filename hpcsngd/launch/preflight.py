@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import partitions, plan, refusals, secrets
+from hpcsngd.launch import limits, partitions, plan, refusals, secrets
 from hpcsngd.launch.plan import Host, Plan
 from hpcsngd.launch.probe import probe as try_python
 
@@ -93,7 +93,7 @@ def scheduler_problems(resolved: Resolved) -> list[str]:
     }
     request = partitions.Request(
         nodes=resolved.nodes,
-        walltime_min=refusals.job_walltime_min(resolved),
+        walltime_min=limits.job_walltime_min(resolved),
         partition=asked["partition"] or None,
         account=asked["account"] or None,
         qos=asked["qos"] or None,

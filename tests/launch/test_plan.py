@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import plan
+from hpcsngd.launch import directives, plan
 from hpcsngd.launch.plan import Host, Plan
 
 from .conftest import Configure
@@ -67,7 +67,7 @@ def test_job_names_are_what_schedulers_accept(name: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("gb", "text"), [(None, None), (0, "0"), (480, "480G"), (1.5, "1536M")])
 def test_memory_in_slurms_words(gb: float | None, text: str | None) -> None:
-    assert plan.memory(gb) == text
+    assert directives.memory(gb) == text
 
 
 @pytest.mark.parametrize(

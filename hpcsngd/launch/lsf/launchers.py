@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 
 Visibility = Literal["all", "one"]
 LAUNCHERS = ("jsrun", "blaunch", "lsrun", "none")
+STARTER = ("-u", "-m", "hpcsngd.launch.lsf.node")
+"""What launchers start on the compute hosts, after the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,24 @@ class ResourceSets:
         if visibility == "one":
             return cls(tasks_per_node, 1, gpus_per_node // tasks_per_node, cores, f"packed:{cores}")
         return cls(1, tasks_per_node, gpus_per_node, cores_per_node, f"packed:{cores}")
+
+    def misfit(self, *, cores: int, gpus: int) -> str | None:
+        """Returns why the sets cannot be placed on a host, as words for people; None if they can.
+
+        Args:
+            cores: usable cores of a host.
+            gpus: its GPUs.
+        """
+        if self.per_host * self.cores > cores:
+            return f"{self.per_host} sets of {self.cores} cores do not fit the {cores} cores of a host"
+        if self.per_host * self.gpus > gpus:
+            return f"{self.per_host} sets of {self.gpus} GPUs do not fit the {gpus} GPUs of a host"
+        kind, _, width = self.bind.partition(":")
+        if kind not in ("none", "rs", "packed") or (kind == "packed") != width.isdigit():
+            return f"unknown binding {self.bind}; allowed: none, rs, packed:N"
+        if kind == "packed" and int(width) * self.tasks > self.cores:
+            return f"{self.tasks} tasks of {width} cores do not fit the {self.cores} cores of their set"
+        return None
 
     def words(self, hosts: int) -> list[str]:
         """Returns jsrun's options; all are stated, because the defaults are made by each site.

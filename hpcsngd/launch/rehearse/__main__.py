@@ -7,15 +7,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcsngd.launch.rehearse import cluster, launchers, lsf_commands
+from hpcsngd.launch.rehearse import cluster, launchers, lsf_commands, slurm_commands
 
 Command = Callable[[list[str], Path], int]
 
 
 def commands() -> dict[str, Command]:
     """Returns every command by name: it takes its words and the cluster's folder, and returns a status."""
-    own = {"jsrun": launchers.jsrun, "blaunch": launchers.blaunch, "lsrun": launchers.lsrun}
-    return own | lsf_commands.COMMANDS
+    return {
+        **lsf_commands.COMMANDS,
+        "jsrun": launchers.jsrun,
+        "blaunch": launchers.blaunch,
+        "lsrun": launchers.lsrun,
+        "sbatch": slurm_commands.sbatch,
+        "srun": slurm_commands.srun,
+        "squeue": slurm_commands.squeue,
+        "sacct": slurm_commands.sacct,
+        "scancel": slurm_commands.scancel,
+        "scontrol": slurm_commands.scontrol,
+    }
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ ADDRESSES = "HPCSNGD_PLAYED_ADDRESSES"
 
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "lsf": ("bsub", "bjobs", "bkill", "bhist", "brequeue", "bstop", "bresume", "bqueues", "bparams", "lsid"),
-    "slurm": ("sbatch", "squeue", "scancel", "scontrol", "srun", "sacct", "sinfo"),
+    "slurm": ("sbatch", "squeue", "scancel", "scontrol", "srun", "sacct"),
 }
 _LAUNCHERS = ("jsrun", "blaunch", "lsrun")
 

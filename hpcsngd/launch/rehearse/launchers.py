@@ -30,11 +30,21 @@ POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """One process to start: on which played host, with which command and additional variables."""
+    """One process to start.
+
+    Attributes:
+        host: the played host on which it stands.
+        words: its command.
+        variables: what its launcher adds to the environment.
+        output: file to which standard output is appended; empty: the launcher's own.
+        error: the same for standard error; empty: with standard output.
+    """
 
     host: str
     words: list[str]
     variables: dict[str, str]
+    output: str = ""
+    error: str = ""
 
 
 class RefusedError(Exception):
@@ -84,6 +94,16 @@ def _run(name: str, folder: Path, plan: Callable[[Job, Cluster], list[Task]], *,
     return _Client(tasks, bind=bind, suspends=name == "lsrun", grace_s=cluster.grace_s).run()
 
 
+def run_tasks(tasks: Sequence[Task], *, grace_s: float) -> int:
+    """Runs tasks that end with each other's failure; returns the first one's status, 0 if none failed.
+
+    Signals for the job's steps reach the tasks, not the client: it ignores the warning of the time limit.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    return _Client(tasks, bind=True, suspends=False, grace_s=grace_s).run()
+
+
 def _own_job(folder: Path) -> tuple[Job, Cluster]:
     job = Book(folder).read(os.environ.get(clusters.JOB, ""))
     if job is None or "LSB_JOBID" not in os.environ:
@@ -120,10 +140,15 @@ class _Client:
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **task.variables, clusters.HOST: task.host}
+        # the client's own copies stay open: it ends with its tasks
+        out = Path(task.output).open("ab") if task.output else None  # noqa: SIM115
+        err = Path(task.error).open("ab") if task.error else out  # noqa: SIM115
         return subprocess.Popen(
             task.words,
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
             start_new_session=True,
             # a client without threads; blaunch and lsrun take their tasks with them
             preexec_fn=self._prepare,  # noqa: PLW1509
@@ -181,38 +206,16 @@ def _set_tasks(words: list[str], job: Job, cluster: Cluster) -> list[Task]:
     per_host = asked.rs_per_host or max(1, most)
     sets = ResourceSets(per_host, asked.tasks_per_rs, asked.gpu_per_rs, asked.cpu_per_rs, asked.bind)
     total = asked.nrs or per_host * len(job.hosts)
-    if problem := misfit(sets, total, hosts=len(job.hosts), slots=cluster.slots, gpus=cluster.gpus):
+    if problem := sets.misfit(cores=cluster.slots, gpus=cluster.gpus):
         raise RefusedError(problem)
+    if total > per_host * len(job.hosts):
+        raise RefusedError(f"{total} resource sets asked, {len(job.hosts)} hosts hold {per_host} each")
     hosts = [host for host in job.hosts for _ in range(per_host)][:total]
     if asked.launch_distribution == "cyclic":
         hosts = [job.hosts[number % len(job.hosts)] for number in range(total)]
     extra = dict(pair.partition("=")[::2] for pair in asked.env)
     has_mpi = asked.smpiargs.strip("'\"") != "off"
     return _ranked(hosts, sets, asked.command, extra, has_mpi=has_mpi)
-
-
-def misfit(sets: ResourceSets, total: int, *, hosts: int, slots: int, gpus: int) -> str | None:
-    """Returns why resource sets cannot be placed, as jsrun would complain; None if they can.
-
-    Args:
-        sets: the sets.
-        total: how many are asked for.
-        hosts: compute hosts of the job.
-        slots: usable cores of a host.
-        gpus: GPUs of a host.
-    """
-    if sets.per_host * sets.cores > slots:
-        return f"{sets.per_host} sets of {sets.cores} cores do not fit the {slots} cores of a host"
-    if sets.per_host * sets.gpus > gpus:
-        return f"{sets.per_host} sets of {sets.gpus} GPUs do not fit the {gpus} GPUs of a host"
-    if total > sets.per_host * hosts:
-        return f"{total} resource sets asked, {hosts} hosts hold {sets.per_host} each"
-    kind, _, width = sets.bind.partition(":")
-    if kind not in ("none", "rs", "packed") or (kind == "packed") != width.isdigit():
-        return f"unknown binding {sets.bind}; allowed: none, rs, packed:N"
-    if kind == "packed" and int(width) * sets.tasks > sets.cores:
-        return f"{sets.tasks} tasks of {width} cores do not fit the {sets.cores} cores of their set"
-    return None
 
 
 def _ranked(
