@@ -60,17 +60,17 @@ MANNERS = {
 }
 
 
-def processes(key: str, host: str | None = None) -> list[int]:
-    """Returns the processes of a job, on one played host or on all of them."""
-    wanted = {f"{clusters.JOB}={key}".encode()}
+def processes(folder: Path, key: str, host: str | None = None) -> list[int]:
+    """Returns the processes of a job of one cluster, on one played host or on all of them."""
+    wanted = {f"{clusters.FOLDER}={folder}".encode(), f"{clusters.JOB}={key}".encode()}
     if host is not None:
         wanted.add(f"{clusters.HOST}={host}".encode())
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit() and int(place.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                    found.append(int(folder.name))
+                if wanted <= set((place / "environ").read_bytes().split(b"\0")):
+                    found.append(int(place.name))
     return found
 
 
@@ -165,7 +165,7 @@ class Keeper:
         job = self._job()
         own = self._manners.environment(job, self._cluster, self._book.folder)
         host = self._cluster.batch_host or job.hosts[0]
-        marks = {clusters.JOB: self._key, clusters.HOST: host}
+        marks = {clusters.FOLDER: str(self._book.folder), clusters.JOB: self._key, clusters.HOST: host}
         self._stages, self._is_warned, self._again = [], False, False
         output = Path(job.output) if job.output else Path(os.devnull)
         try:
@@ -213,13 +213,13 @@ class Keeper:
         elif word == "lose":
             self._again = True
             last = self._job().hosts[-1]
-            send(processes(self._key, last), signal.SIGKILL)
+            send(processes(self._book.folder, self._key, last), signal.SIGKILL)
             self._stage(self._manners.preempt)
         elif word == "signal":
             send(self._targets(), int(rest))
         elif word in ("suspend", "resume"):
             is_stop = word == "suspend"
-            send(processes(self._key), signal.SIGSTOP if is_stop else signal.SIGCONT)
+            send(processes(self._book.folder, self._key), signal.SIGSTOP if is_stop else signal.SIGCONT)
             with self._book.changing(self._key) as job:
                 job.state = "suspended" if is_stop else "running"
 
@@ -247,7 +247,7 @@ class Keeper:
     def _send_what_is_due(self) -> None:
         while self._stages and self._stages[0][0] <= time.monotonic():
             _, number = self._stages.pop(0)
-            send(processes(self._key) if number == KILL else self._targets(), number)
+            send(processes(self._book.folder, self._key) if number == KILL else self._targets(), number)
 
     def _targets(self) -> list[int]:
         """Returns the processes that a signal to the job reaches."""
@@ -255,13 +255,13 @@ class Keeper:
             (self._cluster.batch_host or self._job().hosts[0]) if self._manners.is_first_host_only else None
         )
         script = self._script.pid if self._script and self._manners.spares_script else 0
-        return [pid for pid in processes(self._key, host) if pid != script]
+        return [pid for pid in processes(self._book.folder, self._key, host) if pid != script]
 
     def _finish(self) -> bool:
         """Records the end and removes what is left; returns whether the job starts again."""
         assert self._script is not None  # noqa: S101 - by _start
         status = self._script.wait()
-        while left := processes(self._key):
+        while left := processes(self._book.folder, self._key):
             send(left, KILL)
             time.sleep(0.02)
         requests = self._requests()

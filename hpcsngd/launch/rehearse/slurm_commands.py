@@ -172,7 +172,7 @@ def _after(text: str) -> list[tuple[str, int]]:
 
 
 def srun(words: list[str], folder: Path) -> int:
-    """Starts the job's tasks, ``ntasks-per-node`` on each of its nodes; returns the first failure's status."""
+    """Starts the job's tasks, ``ntasks-per-node`` on each node; returns the first failure's status."""
     job = Book(folder).read(os.environ.get(clusters.JOB, ""))
     if job is None:
         return _complain("srun: error", "Unable to allocate resources: not inside a job")
