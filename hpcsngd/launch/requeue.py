@@ -1,8 +1,8 @@
 """A run that was stopped goes on: whether it may, and how its next attempt gets into the queue.
 
 The agent of node 0 sees to it from inside the job, so the host that submitted may be gone, and nothing else
-has to run anywhere. ``scontrol requeue`` and ``brequeue`` keep the job and its id. Where that is refused or missing, the
-agent submits a new job for the same run that waits for the end of this one.
+has to run anywhere. The scheduler's own requeue keeps the job and its id. Where that is refused or missing,
+the agent submits a new job for the same run that waits for the end of this one.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def refusal(
         first_checkpoint: the newest one when the attempt began.
     """
     if cause not in plan.restart_on:
-        return (
-            f"restart.on has no {cause}" if schedulers.of(plan.scheduler) else "local runs are not restarted"
-        )
+        is_queued = schedulers.of(plan.scheduler) is not None
+        return f"restart.on has no {cause}" if is_queued else "local runs are not restarted"
     if attempt.cancel_request.exists():
         return "it was cancelled"
     number = attempts_in_a_row(run, attempt, restarts)

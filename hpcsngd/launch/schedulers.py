@@ -72,6 +72,10 @@ class Scheduler:
     after: _After
 
 
+def _own_slurm_job(job_id: str, *, timeout_s: float) -> OwnJob | None:
+    return ownjob.ask(job_id, timeout_s=timeout_s)
+
+
 def _after_slurm(job_ids: Sequence[str], *, succeeded: bool) -> dict[str, Directive]:
     return {"dependency": ("afterok:" if succeeded else "afterany:") + ":".join(job_ids)}
 
@@ -90,7 +94,7 @@ QUEUES: dict[str, Scheduler] = {
         ask=slurm.ask,
         cancel=slurm.cancel,
         requeue=slurm.requeue,
-        own_job=ownjob.ask,
+        own_job=_own_slurm_job,
         job_record=slurm.job_record,
         after=_after_slurm,
     ),

@@ -88,8 +88,8 @@ def need_scheduler(made: Plan) -> None:
     scheduler = schedulers.of(made.scheduler)
     if scheduler and shutil.which(scheduler.submit_program) is None:
         raise SchedulerError(
-            f"{scheduler.submit_program} is not in PATH, but site {made.site_name} needs {scheduler.title}: submit from a login node "
-            "(--dry-run works anywhere)"
+            f"{scheduler.submit_program} is not in PATH, but site {made.site_name} needs {scheduler.title}: "
+            "submit from a login node (--dry-run works anywhere)"
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import ownjob, plan, requeue, sending
+from hpcsngd.launch import ownjob, plan, requeue, sending, slurm
 from hpcsngd.launch.ownjob import OwnJob
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
@@ -88,7 +88,7 @@ def test_a_time_out_without_a_new_checkpoint_would_only_repeat(run: RunDir, made
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Records what is asked of Slurm; every call works."""
     asked: list[Any] = []
-    monkeypatch.setattr(requeue, "command_output", lambda words, **_: asked.append(list(words)))
+    monkeypatch.setattr(slurm, "command_output", lambda words, **_: asked.append(list(words)))
 
     def send(run: RunDir, made: Plan, attempt: int, **directives: object) -> str:
         asked.append((attempt, directives))
@@ -120,7 +120,7 @@ def test_the_job_is_requeued(run: RunDir, made: Plan, calls: Sequence[Any]) -> N
 def test_where_it_cannot_be_a_new_job_waits_for_its_end(
     run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("scontrol is not installed here"))
+    monkeypatch.setattr(slurm, "command_output", refusing("scontrol is not installed here"))
     assert go_on(run, made) == {"state": "preempted", "next": "resubmit", "job_id": "8"}
     assert calls == [(2, {"dependency": "afterany:7"})]
 
@@ -128,7 +128,7 @@ def test_where_it_cannot_be_a_new_job_waits_for_its_end(
 def test_a_scheduler_that_was_quicker_is_left_alone(
     run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("Job is pending execution"))
+    monkeypatch.setattr(slurm, "command_output", refusing("Job is pending execution"))
     monkeypatch.setattr(ownjob, "ask", lambda *_, **__: OwnJob("COMPLETING", 1, False, 60.0))
     assert go_on(run, made) == {"state": "preempted", "next": "scheduler", "job_id": "7"}
     assert calls == []
@@ -137,7 +137,7 @@ def test_a_scheduler_that_was_quicker_is_left_alone(
 def test_both_reasons_are_told_if_neither_works(
     run: RunDir, made: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("no scontrol"))
+    monkeypatch.setattr(slurm, "command_output", refusing("no scontrol"))
     monkeypatch.setattr(sending, "send", refusing("no sbatch"))
     monkeypatch.setattr(ownjob, "ask", lambda *_, **__: None)
     with pytest.raises(SchedulerError, match=r"^no scontrol; no sbatch$"):

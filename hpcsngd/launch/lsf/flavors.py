@@ -61,6 +61,11 @@ def checked(name: str) -> Flavor:
     raise ValueError(f"LSF flavor {name!r}; allowed: auto, {', '.join(FLAVORS)}")
 
 
+def known(flavor: Flavor) -> frozenset[str]:
+    """Returns the options of a flavor's bsub, without the dash."""
+    return _KNOWN[flavor]
+
+
 def default_launcher(flavor: Flavor, nodes: int) -> str:
     """Returns what starts processes on all nodes of a job; on Summit even one node is not the job's first."""
     if flavor == "csm":
@@ -86,11 +91,13 @@ def _csm_problems(options: Mapping[str, object]) -> Iterator[str]:
     is_expert = str(options.get("csm", "")).lower() in ("y", "yes")
     if "n" in options:
         yield "-n is refused where jobs ask for whole nodes with -nnodes"
-    needed = ["P", "W"] if is_expert else ["P", "W", "nnodes"]
-    words = {"P": "a project (site.scheduler.account)", "W": "a wall time", "nnodes": "a number of nodes"}
-    for name in needed:
+    if not options.get("P") and not options.get("G"):
+        # -P is OLCF's; others charge a user group, -G
+        yield "-P is required: a project (site.scheduler.account), or -G in site.scheduler.options"
+    needed = {"W": "a wall time"} if is_expert else {"W": "a wall time", "nnodes": "a number of nodes"}
+    for name, words in needed.items():
         if not options.get(name):
-            yield f"-{name} is required: {words[name]}"
+            yield f"-{name} is required: {words}"
     for name in _EASY_ONLY if is_expert else _EXPERT_ONLY:
         if name in options:
             mode = "does not go with -csm y" if is_expert else "needs the expert mode, -csm y"

@@ -297,7 +297,7 @@ def main() -> int:
             batch_host=asked.batch_host,
             has_jsrun=shutil.which("jsrun") is not None,
         )
-        starter = [sys.executable, "-u", "-m", "hpcsngd.launch.lsf.node"]
+        starter = [sys.executable, *launchers.STARTER]
         commands = launchers.commands(
             asked.launcher, found, starter, sets=_sets(asked.sets), args=asked.launcher_arg
         )

@@ -384,10 +384,8 @@ class LsfExecutor(core.PicklingExecutor):
         options = self.directives()
         log = "%J_lsf.out"
         if array is not None:
-            name = str(options.get("J", request.job_name(self._asked().job_name)))
-            options["J"] = request.array_name(
-                name, array, self._asked().array_parallelism, limit=array_limit()
-            )
+            name, at_once = str(options.get("J", "job")), self._asked().array_parallelism
+            options["J"] = request.array_name(name, array, at_once, limit=array_limit())
             log = "%J_%I_lsf.out"
         # without -o LSF mails its report, which some sites refuse
         options.setdefault("o", str(self._fixed_folder() / log))

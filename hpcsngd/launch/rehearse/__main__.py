@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcsngd.launch.rehearse import cluster, launchers, slurm_commands
+from hpcsngd.launch.rehearse import cluster, launchers, lsf_commands, slurm_commands
 
 Command = Callable[[list[str], Path], int]
 
@@ -15,6 +15,7 @@ Command = Callable[[list[str], Path], int]
 def commands() -> dict[str, Command]:
     """Returns every command by name: it takes its words and the cluster's folder, and returns a status."""
     return {
+        **lsf_commands.COMMANDS,
         "jsrun": launchers.jsrun,
         "blaunch": launchers.blaunch,
         "lsrun": launchers.lsrun,

@@ -25,7 +25,7 @@ ADDRESSES = "HPCSNGD_PLAYED_ADDRESSES"
 """Where played hosts are found: ``name=address`` words, because their names do not resolve."""
 
 _COMMANDS: dict[str, tuple[str, ...]] = {
-    "lsf": ("bsub", "bjobs", "bkill", "bhist", "brequeue", "bstop", "bresume", "bqueues", "lsid"),
+    "lsf": ("bsub", "bjobs", "bkill", "bhist", "brequeue", "bstop", "bresume", "bqueues", "bparams", "lsid"),
     "slurm": ("sbatch", "squeue", "scancel", "scontrol", "srun", "sacct"),
 }
 _LAUNCHERS = ("jsrun", "blaunch", "lsrun")

@@ -167,7 +167,8 @@ class Keeper:
         host = self._cluster.batch_host or job.hosts[0]
         marks = {clusters.FOLDER: str(self._book.folder), clusters.JOB: self._key, clusters.HOST: host}
         self._stages, self._is_warned, self._again = [], False, False
-        output = Path(job.output) if job.output else Path(os.devnull)
+        # %J and %I are LSF's
+        output = Path(job.output.replace("%J", str(job.id)).replace("%I", str(job.index or 0)) or os.devnull)
         try:
             with output.open("ab") as file:
                 self._script = subprocess.Popen(
@@ -271,7 +272,7 @@ class Keeper:
             job.state = "done" if status == 0 else "exit"
             job.exit_code, job.signal = (status, None) if status >= 0 else (None, -status)
             job.ended, job.pid = time.time(), 0
-            job.note(f"exit {status}" if status >= 0 else f"signal {-status}")
+            job.note(f"exit {status}" if status >= 0 else f"ended by signal {-status}")
         if again:
             time.sleep(self._cluster.requeue_gap_s)
             with self._book.changing(self._key) as job:
