@@ -68,7 +68,14 @@ def problems(resolved: Resolved, rule: str) -> Iterator[str]:
 def row_text(row: Limit) -> str:
     """Returns a row as the site file has it."""
     written = row.model_dump(exclude_defaults=True)
-    return "{" + ", ".join(f"{key}: {value}" for key, value in written.items()) + "}"
+    return (
+        "{"
+        + ", ".join(
+            f"{key}: {str(value).lower() if isinstance(value, bool) else value}"
+            for key, value in written.items()
+        )
+        + "}"
+    )
 
 
 def _is_about(row: Limit, resolved: Resolved) -> bool:

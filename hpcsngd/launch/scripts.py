@@ -19,6 +19,8 @@ from hpcsngd.launch.lsf import launchers
 from hpcsngd.launch.plan import Directive, Host, Plan
 from hpcsngd.rundir import RunDir
 
+_SHOWN = 30
+"""Longer values of options are not repeated where their causes are listed."""
 RUN_DIR = "RUN_DIR"
 """Stands for the run directory's name, which is made at submission."""
 
@@ -147,7 +149,9 @@ def explain_bsub(words: Sequence[str], resolved: Resolved) -> str:
         if not word.startswith("-"):
             continue
         following = words[position + 1]
-        shown = word if following.startswith("-") or position + 1 == len(words) - 1 else f"{word} {following}"
+        is_bare = following.startswith("-") or position + 1 == len(words) - 1
+        value = "" if is_bare else f" {following}"
+        shown = word + (value if len(value) <= _SHOWN else " ...")
         cause, where = causes.cause(word[1:], resolved, causes.LSF)
         rows.append(f"{shown:<36} {cause:<50} {where}".rstrip())
     return "\n".join(rows)

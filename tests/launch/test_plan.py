@@ -116,7 +116,6 @@ def test_all_refusals_come_at_once(configure: Configure, host: Host) -> None:
     ("site", "overrides", "words"),
     [
         (changed(status="retired"), {}, "the system is retired"),
-        (changed(scheduler={"kind": "lsf"}), {}, "lsf is not supported yet"),
         (changed(scheduler={"kind": "ssh"}), {}, "ssh is not supported yet"),
         (changed(launch={"launcher": "jsrun"}), {}, "jsrun does not work with slurm"),
         (changed(launch={"launcher": "none"}), {"nodes": 2}, "none starts one agent, but this job needs 2"),

@@ -106,6 +106,24 @@ class Job:
         """Returns whether nothing more will happen to it."""
         return self.state in ENDED
 
+    def filled(self, pattern: str, task: int = 0) -> str:
+        """Returns a file name with the marks of either scheduler replaced.
+
+        Slurm: %j job, %A array, %a member, %t task; LSF: %J job or array, %I member (0 outside an array).
+        """
+        index = str(self.index or 0)
+        marks = {
+            "%j": self.key,
+            "%A": str(self.id),
+            "%a": index,
+            "%t": str(task),
+            "%J": str(self.id),
+            "%I": index,
+        }
+        for mark, value in marks.items():
+            pattern = pattern.replace(mark, value)
+        return pattern
+
     def note(self, words: str) -> None:
         """Adds to the history."""
         self.history.append((time.time(), words))

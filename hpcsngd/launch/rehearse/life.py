@@ -66,11 +66,11 @@ def processes(folder: Path, key: str, host: str | None = None) -> list[int]:
     if host is not None:
         wanted.add(f"{clusters.HOST}={host}".encode())
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit() and int(place.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                    found.append(int(folder.name))
+                if wanted <= set((place / "environ").read_bytes().split(b"\0")):
+                    found.append(int(place.name))
     return found
 
 

@@ -188,7 +188,7 @@ def srun(words: list[str], folder: Path) -> int:
             "SLURM_NTASKS": str(job.nodes * job.tasks_per_node),
             "SLURMD_NODENAME": job.hosts[node],
         }
-        files = {name: filled(pattern, job, rank) for name, pattern in outputs.items()}
+        files = {name: job.filled(pattern, rank) for name, pattern in outputs.items()}
         tasks.append(Task(job.hosts[node], rest, told, **files))
     return run_tasks(tasks, grace_s=clusters.load(folder).grace_s)
 
@@ -200,14 +200,6 @@ def _srun_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if name in ("output", "error"):
             outputs[name] = value if equals else rest.pop(0)
     return outputs, rest
-
-
-def filled(pattern: str, job: Job, rank: int) -> str:
-    """Returns a file name with Slurm's marks replaced: %j job, %A array, %a member, %t task."""
-    marks = {"%j": job.key, "%A": str(job.id), "%a": str(job.index or 0), "%t": str(rank)}
-    for mark, value in marks.items():
-        pattern = pattern.replace(mark, value)
-    return pattern
 
 
 def squeue(words: list[str], folder: Path) -> int:
