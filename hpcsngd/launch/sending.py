@@ -28,10 +28,6 @@ EXECUTORS: dict[str, Callable[[Path, Plan], Executor]] = {
     "lsf": LsfSiteExecutor,
     "local": LocalSiteExecutor,
 }
-    "slurm": SlurmSiteExecutor,
-    "lsf": LsfSiteExecutor,
-    "local": LocalSiteExecutor,
-}
 
 
 def send(run: RunDir, plan: Plan, attempt: int, **directives: Directive) -> str:
