@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,9 @@ import pytest
 from hpcsngd import rundir
 from hpcsngd.launch import order, status, submit
 from hpcsngd.launch.cancel import cancel
-from hpcsngd.launch.rehearse.book import Book
 from hpcsngd.rundir import RunDir
+from tests.launch.conftest import STANDIN, Configure
 
-from ..conftest import STANDIN, Configure
 from .conftest import Play, left_over, wait_until
 
 SITE: dict[str, Any] = {
@@ -118,7 +116,7 @@ def test_a_preempted_run_goes_on_under_its_id(play: Play, configure: Configure) 
     wait_until(lambda: len(reports(run)) == 4, "the start of the ranks")
     key = book.jobs()[0].key
     book.ask(key, "signal 12")
-    wait_until(lambda: run.attempt(2).attempt_yaml.exists(), "the second attempt")
+    wait_until(run.attempt(2).attempt_yaml.exists, "the second attempt")
     first = rundir.read_yaml(run.attempt(1).ended_yaml)
     assert (first["state"], first["next"], first["job_id"]) == ("preempted", "requeue", key)
     second = rundir.read_yaml(run.attempt(2).attempt_yaml)
