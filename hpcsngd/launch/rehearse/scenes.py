@@ -125,9 +125,8 @@ def _send(made: Plan, setting: Setting) -> programs.Said:
 def completion(setting: Setting) -> Iterator[Check]:
     """A short run from submission to its result."""
     run = _submit(setting, setting.small)
-    ended = _wait(lambda: status.current(run))
-    found = f"{ended.state}{f': {ended.reason}' if ended.reason else ''}" if ended else "no status"
-    yield Check("a run completes", ended is not None and ended.state == "completed", found)
+    ended = _ended(run)
+    yield Check("a run completes", ended is not None and ended.state == "completed", _words(ended))
     yield from _placement(run, setting)
     yield _cleanness(run, setting)
 
@@ -143,9 +142,9 @@ def restarts(setting: Setting) -> Iterator[Check]:
     cause = str(rundir.read_yaml(limit)["cause"]) if limit.exists() else "nothing recorded"
     yield Check("the time limit is told from other ends", cause == "timeout", cause)
     cancel.cancel([run])
-    ended = _wait(lambda: status.current(run))
-    found = ended.state if ended else "no status"
-    yield Check("a cancelled run stays cancelled", found == "cancelled", found)
+    ended = _ended(run)
+    is_kept = ended is not None and ended.state == "cancelled"
+    yield Check("a cancelled run stays cancelled", is_kept, _words(ended))
     yield _cleanness(run, setting)
 
 
@@ -157,10 +156,9 @@ def failure(setting: Setting) -> Iterator[Check]:
     beat = lifeline.read_beat(run.attempts()[-1].heartbeats, f"rank{ranks - 1}")
     if beat is not None:
         os.kill(beat.pid, signal.SIGKILL)
-    ended = _wait(lambda: status.current(run))
-    found = f"{ended.state}: {ended.reason}" if ended else "no status"
-    is_told = ended is not None and ended.state == "failed" and (ended.fault or {}).get("kind") == "killed"
-    yield Check("a killed worker ends the run, and the reason is told", is_told, found)
+    ended = _ended(run)
+    is_told = ended is not None and (ended.state, ended.fault_kind) == ("failed", "killed")
+    yield Check("a killed worker ends the run, and the reason is told", is_told, _words(ended))
     yield _cleanness(run, setting)
 
 
@@ -174,6 +172,26 @@ SCENES: dict[str, Callable[[Setting], Iterator[Check]]] = {
 
 def _submit(setting: Setting, resolved: Resolved) -> RunDir:
     return submit.submit(resolved, argv=["hpcsngd", "rehearse"]).run
+
+
+def _ended(run: RunDir) -> status.RunState | None:
+    """Waits until a run has ended for good, by its own word or the scheduler's; None if it does not."""
+    looks = 0
+
+    def look() -> status.RunState | None:
+        nonlocal looks
+        state = status.states([run])[0]
+        # its status may be on its way, or its job about to start again
+        looks = looks + 1 if state.has_ended else 0
+        return state if looks >= submit.ENDED_POLLS else None
+
+    return _wait(look)
+
+
+def _words(state: status.RunState | None) -> str:
+    if state is None:
+        return f"it has not ended after {PATIENCE_S:.0f} s"
+    return f"{state.state}: {state.reason}" if state.reason else state.state
 
 
 def _wait(look: Callable[[], T | None]) -> T | None:
@@ -195,8 +213,9 @@ def _progress(run: RunDir, number: int, name: str) -> Check:
     """Waits until an attempt has trained some steps; a later attempt must say from where it goes on."""
 
     def look() -> str | None:
-        if ended := status.current(run):
-            return f"it ended: {ended.state}: {ended.reason}"
+        state = status.states([run])[0]
+        if state.has_ended and state.attempt >= number:
+            return f"it ended: {state.state}: {state.reason}"
         return _trained(run.attempt(number), is_first=number == 1)
 
     found = _wait(look) or f"attempt {number} does not train; {status.states([run])[0].state}"
