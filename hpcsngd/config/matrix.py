@@ -25,7 +25,10 @@ MAX_CELLS = 100_000
 NO_EFFECT = frozenset(
     {
         "description",
+        "paper",
         "reference",
+        "corrections",
+        "published",
         "checkpoint",
         "diagnostics",
         "resources",

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from hpcsngd.config import expressions
 from hpcsngd.config.experiment import Experiment
-from hpcsngd.config.resolve import Override, load_experiment, load_site, resolve_parts, walk
+from hpcsngd.config.resolve import Override, Parts, load_experiment, load_site, resolve_parts, walk
 from hpcsngd.config.site import Site
 from hpcsngd.errors import ConfigError
 from hpcsngd.resources import named_files
@@ -31,9 +32,16 @@ def leaves(site: str | None, experiment: str | None, overrides: Sequence[Overrid
     Raises:
         ConfigError: as `hpcsngd.config.resolve.resolve`.
     """
-    parts, origins = resolve_parts(site, experiment, overrides)
-    tree = {name: part.model_dump(mode="json") for name, part in parts.items()}
-    return [Leaf(path, value, origins.get(path, "default")) for path, value in walk(tree)]
+    parts = resolve_parts(site, experiment, overrides)
+    tree = {name: part.model_dump(mode="json") for name, part in parts.models.items()}
+    return [Leaf(path, value, _origin(parts, path)) for path, value in walk(tree)]
+
+
+def _origin(parts: Parts, path: str) -> str:
+    origin = parts.origins.get(path, "default")
+    if path not in parts.expressions:
+        return origin
+    return f"{origin}: {parts.expressions[path]}, with {expressions.NAME} {parts.world_size}"
 
 
 def text(found: Sequence[Leaf], *, with_origins: bool) -> str:
