@@ -95,6 +95,8 @@ class _Optimizer(Strict):
     """Peak learning rate; scaled by the world size only where written so."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay as torch's optimizer of that name means it: coupled for sgd and adam, else decoupled."""
+    no_decay: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class (BatchNorm2d), whose parameters do not decay."""
 
 
 class SGD(_Optimizer):
@@ -156,12 +158,33 @@ class DampingDecay(Strict):
         return self
 
 
+class DampingSteps(Strict):
+    """Damping that is multiplied by a factor at some epochs: hpcsngd.optim.DampingSteps."""
+
+    initial: float = Field(gt=0)
+    """Damping at the start."""
+    factor: float = Field(gt=0)
+    """What it is multiplied by at each milestone."""
+    milestones: list[float] = Field(min_length=1)
+    """Epochs after which it is multiplied."""
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> DampingSteps:
+        if self.milestones != sorted(self.milestones):
+            raise ValueError("milestones must rise")
+        return self
+
+
 def _kind_of_damping(value: object) -> str:
+    if isinstance(value, DampingSteps) or (isinstance(value, dict) and "milestones" in value):
+        return "steps"
     return "decay" if isinstance(value, dict | DampingDecay) else "number"
 
 
 Damping = Annotated[
-    Annotated[ScaledFloat, Tag("number")] | Annotated[DampingDecay, Tag("decay")],
+    Annotated[ScaledFloat, Tag("number")]
+    | Annotated[DampingDecay, Tag("decay")]
+    | Annotated[DampingSteps, Tag("steps")],
     Discriminator(_kind_of_damping),
 ]
 
@@ -192,7 +215,7 @@ class HyLo(Strict):
     method: Literal["sngd", "kid", "kis", "hybrid"] = "sngd"
     """Exact; interpolative decomposition; importance sampling; or the last two by turns."""
     damping: Damping = 0.1
-    """Added to the eigenvalues of the Fisher matrix: a number, or a decay by epochs."""
+    """Added to the eigenvalues of the Fisher matrix: a number, or one by epochs."""
     refresh_every: ScaledCount = 10
     """Steps between recomputations of the curvature."""
     stagger: bool = False
@@ -253,7 +276,7 @@ class KFAC(Strict):
     mc_samples: int = Field(default=1, ge=1)
     """Draws per sample for mc; each costs a backward pass at an update of the factors."""
     damping: Damping = 0.03
-    """Added to the eigenvalues of the Kronecker product: a number, or a decay by epochs."""
+    """Added to the eigenvalues of the Kronecker product: a number, or one by epochs."""
     factor_every: ScaledCountOrNone = 10
     """Steps between updates of the factors; 0: none."""
     inverse_every: ScaledCountOrNone = 10
