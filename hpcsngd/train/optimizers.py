@@ -100,7 +100,7 @@ def parameter_groups(
     Args:
         model: the model.
         weight_decay: of those that decay.
-        no_decay: modules, by regular expression or class, whose parameters do not; see ``no_decay`` of the schema.
+        no_decay: modules, by regular expression or class, whose parameters do not.
         chosen: which parameters; default: all.
 
     Raises:
