@@ -505,6 +505,8 @@ class Published(Strict):
     """The result as it was printed, with its unit."""
     source: str
     """Where it is printed."""
+    reproduce: str
+    """The experiments to run, and where the report shows the number."""
 
 
 Axis = Annotated[list[Any], Field(min_length=1)]
