@@ -58,4 +58,4 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
 
 def left_over(book: Book) -> list[int]:
     """Returns the processes that jobs have left behind."""
-    return [pid for job in book.jobs() for pid in life.processes(job.key, book.folder)]
+    return [pid for job in book.jobs() for pid in life.processes(book.folder, job.key)]
