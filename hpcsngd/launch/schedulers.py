@@ -42,9 +42,7 @@ class _After(Protocol):
 
 
 class _Avoid(Protocol):
-    def __call__(
-        self, hosts: Sequence[str], directives: Mapping[str, Directive]
-    ) -> dict[str, Directive]: ...
+    def __call__(self, hosts: Sequence[str], directives: Mapping[str, Directive]) -> dict[str, Directive]: ...
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Pulse:
         beats: rises with each.
         left_s: seconds until the run limit.
         restarts: how often LSF has started the job again.
-        fate: ``RUNNING``; ``REQUEUED`` once it will start again; ``PREEMPTED`` or ``KILLED`` once LSF ends it.
+        fate: ``RUNNING``; once LSF ends it ``REQUEUED``, ``PREEMPTED`` or ``KILLED``.
     """
 
     beats: int
