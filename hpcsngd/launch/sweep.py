@@ -28,8 +28,6 @@ from hpcsngd.launch.submit import need_scheduler, paths
 from hpcsngd.rundir import RunDir
 from hpcsngd.sweepdir import Member, SweepDir, run_name
 
-SMALL = 1000
-"""An array of fewer cells is within every scheduler's default limit."""
 NEW = "new"
 SKIPPED = ("completed", "pending", "running")
 """States of cells that are not submitted again."""
@@ -300,7 +298,7 @@ def _start_controller(sweep: SweepDir, due: Sequence[Placed], number: int, paral
 
 def _parts(group: Sequence[Placed]) -> list[Sequence[Placed]]:
     """Returns the cells of one kind in as few arrays as the cluster allows."""
-    if len(group) < SMALL:
+    if len(group) < arrays.DEFAULT_SIZE:
         return [group]
     limit = arrays.size_limit(group[0].plan)
     return [group[part.start : part.stop] for part in arrays.parts(len(group), limit)]

@@ -11,7 +11,7 @@ import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import agent, ownjob, plan, requeue, sending, slurm
+from hpcsngd.launch import agent, ownjob, plan, requeue, schedulers, sending, slurm
 from hpcsngd.launch.ownjob import OwnJob
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
@@ -160,7 +160,8 @@ def lose(run: RunDir, made: Plan, *faults: Fault) -> dict[str, Any]:
 @pytest.fixture
 def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
-    monkeypatch.setattr(slurm, "cancel", lambda job_ids, **_: asked.append(job_ids))
+    ours = dataclasses.replace(schedulers.QUEUES["slurm"], cancel=lambda job_ids, **_: asked.append(job_ids))
+    monkeypatch.setitem(schedulers.QUEUES, "slurm", ours)
     return asked
 
 
