@@ -50,14 +50,25 @@ def rehearse(
     would. Workers run on CPUs, with tiny data and without the image. The job is preempted, stopped by its
     time limit, cancelled, and made to fail; a list says what held. Takes some minutes.
     """
+    from hpcsngd.cli.smoke import data_root, write_data
+    from hpcsngd.config.resolve import Override, amend
     from hpcsngd.launch.rehearse.rehearsal import rehearse as perform
 
     choice |= {"run_root": None, "parallel": None, **dict.fromkeys(DIAGNOSTICS, False)}
     resolved = resolve_choice(**choice)
     name = f"{resolved.site_name}-{resolved.exp_name}-{time.strftime('%Y%m%dT%H%M%S')}"
     place = (folder or Path("rehearsals", name)).absolute()
+    here = amend(resolved, [Override("site.run_root", str(place), "rehearsal")])
+    write_data(here)
     checks = []
-    for check in perform(resolved, place, nodes=played_nodes, ranks=played_ranks, scenes=scenes or _SCENES):
+    for check in perform(
+        resolved,
+        place,
+        data_root=str(data_root(here)),
+        nodes=played_nodes,
+        ranks=played_ranks,
+        scenes=scenes or _SCENES,
+    ):
         checks.append(check)
         if not as_json:
             click.echo(_line(check))

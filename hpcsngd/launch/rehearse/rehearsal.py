@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hpcsngd.config import smoke
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.launch import plan
 from hpcsngd.launch.rehearse import cluster as clusters
@@ -17,13 +18,14 @@ from hpcsngd.launch.rehearse.scenes import Check, Setting
 
 
 def rehearse(
-    resolved: Resolved, folder: Path, *, nodes: int, ranks: int, scenes: Sequence[str]
+    resolved: Resolved, folder: Path, *, data_root: str, nodes: int, ranks: int, scenes: Sequence[str]
 ) -> Iterator[Check]:
     """Yields the checks of a rehearsal as they come.
 
     Args:
         resolved: what would be submitted.
         folder: for the played cluster and the run directories.
+        data_root: folder with the experiment's tiny data set.
         nodes: nodes of the run in small.
         ranks: workers on each of them.
         scenes: which scenes, in order.
@@ -34,9 +36,8 @@ def rehearse(
     """
     made = plan.make(resolved, is_dry=True)
     cluster = stage.cluster(resolved, made, nodes)
-    small = stage.scaled(
-        resolved, made, run_root=str(folder / "runs"), data_root=None, nodes=nodes, ranks=ranks
-    )
+    tiny = smoke.scaled_down(resolved, data_root)
+    small = stage.scaled(tiny, made, run_root=str(folder / "runs"), nodes=nodes, ranks=ranks)
     book = Book(folder / "cluster")
     with _within(clusters.install(book.folder, cluster)):
         try:

@@ -68,16 +68,13 @@ def cluster(resolved: Resolved, made: Plan, nodes: int) -> Cluster:
     )
 
 
-def scaled(
-    resolved: Resolved, made: Plan, *, run_root: str, data_root: str | None, nodes: int, ranks: int
-) -> Resolved:
+def scaled(resolved: Resolved, made: Plan, *, run_root: str, nodes: int, ranks: int) -> Resolved:
     """Returns the configuration of a run in small on the played site: CPU, gloo, no image.
 
     Args:
         resolved: the site and the experiment; the experiment scaled down already.
         made: the plan of the full run.
         run_root: folder for run directories.
-        data_root: folder with data; None: the site's.
         nodes: nodes.
         ranks: workers on each.
 
@@ -107,8 +104,6 @@ def scaled(
     }
     if made.flavor:
         changes["site.scheduler.flavor"] = made.flavor
-    if data_root is not None:
-        changes["site.data_root"] = data_root
     if resolved.site.ranks_per_node is not None:
         changes["site.ranks_per_node"] = None
     return amend(resolved, [Override(path, value, ORIGIN) for path, value in changes.items()])
