@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpcsngd import rundir
-from hpcsngd.launch import order, status, submit
+from hpcsngd.config import matrix
+from hpcsngd.launch import order, plan, status, submit, sweep, sweep_status
 from hpcsngd.launch.cancel import cancel
+from hpcsngd.launch.executors import LsfSiteExecutor
+from hpcsngd.launch.plan import Host
 from hpcsngd.rundir import RunDir
 from tests.launch.conftest import STANDIN, Configure
 
@@ -137,3 +141,31 @@ def test_the_head_warns_before_the_limit(play: Play, configure: Configure) -> No
     assert ended.reason.startswith("wall time of 1 min reached; the workers checkpointed and left")
     wait_until(lambda: book.jobs()[0].has_ended, "the end of the job")
     assert "wall time is over" not in [note for _, note in book.jobs()[0].history]
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_array(play: Play, configure: Configure, tmp_path: Path) -> None:
+    """Elements count from 1 there and from 0 here; what has completed is not sent again."""
+    book = play("ibm")
+    configure({**site(), "gpus_per_node": 0})
+    files = (str(tmp_path / "testsite.yaml"), str(tmp_path / "standin.yaml"))
+    found = matrix.resolve(*files, (), [matrix.parse("seed=1,2,3")], environment={})
+    assert found is not None
+    made = sweep.submit(found, argv=["test"], worker=STANDIN)
+    assert [job.key for job in book.jobs()] == [f"{made.job_ids[0]}_{index}" for index in (1, 2, 3)]
+    ended = sweep_status.wait(made.sweep, poll_s=0.5)
+    assert ended.counts == {"completed": 3}
+    ids = [state.job_id for _, state in ended.cells]
+    assert ids == [job.key for job in book.jobs()]
+    assert sweep.submit(found, argv=["test"], worker=STANDIN).skipped == {"completed": 3}
+
+
+def test_the_head_is_told_what_the_plan_says(configure: Configure, host: Host) -> None:
+    asked = configure(site() | {"stop_margin_s": 44.5}, nodes=2)
+    executor = LsfSiteExecutor(Path("/runs/r/submit"), plan.make(asked, host=host))
+    words = executor.bsub_words(Path("/s.sh"))
+    assert words[:3] == ["bsub", "-J", "standin"]
+    assert words[-3:] == ["-o", "/runs/r/submit/%J_lsf.out", "/s.sh"]
+    for option in ("--nodes=2", "--limit-min=30", "--warning-s=45", "--launcher=blaunch", "--straggler-s=60"):
+        assert option in executor.script
+    assert 'exec >>/runs/r/submit/"${job}_head.log" 2>&1' in executor.script
