@@ -30,7 +30,7 @@ from hpcsngd.launch import (
     ports,
     processes,
     requeue,
-    slurm,
+    schedulers,
     turn,
     usage,
     verdict,
@@ -178,9 +178,13 @@ class Supervisor:
                 "submitit": version("submitit"),
             },
             "hardware": hardware.facts(),
-            "job": slurm.job_record(self._place.job_id) if self._plan.scheduler == "slurm" else {},
+            "job": self._job_record(),
         }
         rundir.write_yaml(self._attempt.attempt_yaml, facts)
+
+    def _job_record(self) -> dict[str, str]:
+        scheduler = schedulers.of(self._plan.scheduler)
+        return scheduler.job_record(self._place.job_id) if scheduler else {}
 
     def _lead(self) -> Rendezvous:
         """Leases a port and publishes where the next generation meets."""

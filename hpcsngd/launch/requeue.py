@@ -1,8 +1,8 @@
 """A run that was stopped goes on: whether it may, and how its next attempt gets into the queue.
 
 The agent of node 0 sees to it from inside the job, so the host that submitted may be gone, and nothing else
-has to run anywhere. ``scontrol requeue`` keeps the job and its id. Where that is refused or missing, the
-agent submits a new job for the same run that waits for the end of this one.
+has to run anywhere. The scheduler's own requeue keeps the job and its id. Where that is refused or missing,
+the agent submits a new job for the same run that waits for the end of this one.
 
 After a node's failure it is always a new job, told to keep off that node. Slurm takes a node for alive until
 it has been silent for minutes; a requeued job was seen to start on the dead node within a second, and its
@@ -18,10 +18,9 @@ from typing import Any
 
 from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import ownjob, sending, slurm
+from hpcsngd.launch import schedulers, sending
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.slurm import command_output
 from hpcsngd.rundir import Attempt, RunDir
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,8 @@ def refusal(
         first_checkpoint: the newest one when the attempt began.
     """
     if cause not in plan.restart_on:
-        return f"restart.on has no {cause}" if plan.scheduler == "slurm" else "local runs are not restarted"
+        is_queued = schedulers.of(plan.scheduler) is not None
+        return f"restart.on has no {cause}" if is_queued else "local runs are not restarted"
     if attempt.cancel_request.exists():
         return "it was cancelled"
     number = attempts_in_a_row(run, attempt, restarts)
@@ -78,10 +78,10 @@ def go_on(run: RunDir, plan: Plan, attempt: Attempt, place: Place, facts: Mappin
     if lost:
         _leave(run, plan, attempt, place, {**facts, "lost_hosts": lost})
         return
-    job_id = place.job_id
+    job_id, scheduler = place.job_id, schedulers.QUEUES[plan.scheduler]
     rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "requeue", "job_id": job_id})
     try:
-        command_output(["scontrol", "requeue", job_id], timeout_s=plan.command_timeout_s)
+        scheduler.requeue(job_id, timeout_s=plan.command_timeout_s)
     except SchedulerError as error:
         if _is_restarting(plan, attempt, place, facts):
             return
@@ -105,14 +105,14 @@ def _leave(run: RunDir, plan: Plan, attempt: Attempt, place: Place, facts: Mappi
     _resubmit(run, plan, attempt, place.job_id, facts)
     try:
         # srun would wait for the lost node, and Slurm restart the job as soon as it notices
-        slurm.cancel([place.job_id], timeout_s=plan.command_timeout_s)
+        schedulers.QUEUES[plan.scheduler].cancel([place.job_id], timeout_s=plan.command_timeout_s)
     except SchedulerError as error:
-        log.warning("%s; if Slurm starts job %s again, it will leave at once", error, place.job_id)
+        log.warning("%s; if the scheduler starts job %s again, it will leave at once", error, place.job_id)
 
 
 def _is_restarting(plan: Plan, attempt: Attempt, place: Place, facts: Mapping[str, Any]) -> bool:
     """Returns whether the scheduler was quicker and starts the job again; records that if so."""
-    job = ownjob.ask(place.job_id, timeout_s=plan.command_timeout_s)
+    job = schedulers.QUEUES[plan.scheduler].own_job(place.job_id, timeout_s=plan.command_timeout_s)
     if job is None or job.fate(place.restarts) != "restarting":
         return False
     rundir.write_yaml(attempt.ended_yaml, {**facts, "next": "scheduler", "job_id": place.job_id})
@@ -142,14 +142,13 @@ def _lost_before(run: RunDir, attempt: Attempt) -> list[str]:
 
 
 def _send_next(run: RunDir, plan: Plan, number: int, job_id: str, lost: Sequence[str]) -> str:
-    # afterany: this job's exit status says nothing, but two attempts must not run at once
-    after = f"afterany:{job_id}"
-    if lost:
-        own = plan.directives.get("exclude")
-        avoided = ",".join(dict.fromkeys([*([str(own)] if own else []), *lost]))
+    # after any end: this job's exit status says nothing, but two attempts must not run at once
+    scheduler = schedulers.QUEUES[plan.scheduler]
+    wait = scheduler.after([job_id])
+    if away := scheduler.avoid(lost, plan.directives) if lost else {}:
         try:
-            return sending.send(run, plan, number, dependency=after, exclude=avoided)
+            return sending.send(run, plan, number, **wait, **away)
         except SchedulerError as error:
-            # too few nodes may be left; Slurm starts nothing on a node that it knows to be down
+            # too few nodes may be left; nothing is started on a node that is known to be down
             log.warning("%s; asking again without keeping off %s", error, ", ".join(lost))
-    return sending.send(run, plan, number, dependency=after)
+    return sending.send(run, plan, number, **wait)

@@ -100,7 +100,7 @@ def rerun(
     record = run.record()
     beside = None if "sweep" in record else run.path.parent
     return submit(
-        resolve.amend(_configuration(run), overrides),
+        resolve.amend(_configuration(run), overrides, anew=True),
         argv=argv,
         run_root=run_root or beside,
         worker=str(record["plan"]["worker"]),

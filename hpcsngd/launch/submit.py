@@ -18,7 +18,7 @@ from typing import Any
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, preflight, provenance, sending, status, usage
+from hpcsngd.launch import plan, preflight, provenance, schedulers, sending, status, usage
 from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import Fault, RunDir, Status
 
@@ -97,10 +97,11 @@ def need_scheduler(made: Plan) -> None:
     Raises:
         SchedulerError: its commands are not in PATH.
     """
-    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
+    scheduler = schedulers.of(made.scheduler)
+    if scheduler and shutil.which(scheduler.submit_program) is None:
         raise SchedulerError(
-            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
-            "(--dry-run works anywhere)"
+            f"{scheduler.submit_program} is not in PATH, but site {made.site_name} needs {scheduler.title}: "
+            "submit from a login node (--dry-run works anywhere)"
         )
 
 

@@ -21,8 +21,7 @@ from hpcsngd import rundir
 from hpcsngd.config import matrix
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import arrays, cells, plan, preflight, provenance, secrets, status
-from hpcsngd.launch.arrays import ArrayExecutor
+from hpcsngd.launch import arrays, cells, plan, preflight, provenance, schedulers, secrets, status
 from hpcsngd.launch.plan import Directive, Host, Plan
 from hpcsngd.launch.sending import job_facts, say_what_is_dropped
 from hpcsngd.launch.submit import need_scheduler, paths
@@ -301,7 +300,7 @@ def _parts(group: Sequence[Placed]) -> list[Sequence[Placed]]:
     """Returns the cells of one kind in as few arrays as the cluster allows."""
     if len(group) < arrays.DEFAULT_SIZE:
         return [group]
-    limit = arrays.size_limit(group[0].plan.command_timeout_s)
+    limit = arrays.size_limit(group[0].plan)
     return [group[part.start : part.stop] for part in arrays.parts(len(group), limit)]
 
 
@@ -316,9 +315,10 @@ def _send_array(
     sweep.write_array(number, [each.member for each in group])
     made = group[0].plan
     asked = dataclasses.replace(made, directives=made.directives | dict(directives))
-    job_id = ArrayExecutor(sweep, number, asked, len(group), parallel=parallel, after=after).send()
+    job_id = arrays.executor(sweep, number, asked, len(group), parallel=parallel, after=after).send()
     facts = job_facts(made, job_id)
-    for index, each in enumerate(group):
+    first = schedulers.QUEUES[made.scheduler].first_index
+    for index, each in enumerate(group, start=first):
         _record_job(each, facts | {"job_id": f"{job_id}_{index}"})
     return job_id
 

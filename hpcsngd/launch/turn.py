@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import sending, slurm, status
+from hpcsngd.launch import schedulers, sending, status
 from hpcsngd.launch.context import AgentFaultError, Context
 from hpcsngd.launch.status import RunState
 from hpcsngd.rundir import RunDir
@@ -67,13 +67,14 @@ def _wait_on(context: Context, job_ids: Sequence[str]) -> None:
     """Submits this attempt once more, after other jobs, and ends the job that came too early."""
     plan, here = context.plan, context.place
     log.info("not yet: waiting for job(s) %s", ", ".join(job_ids))
+    scheduler = schedulers.QUEUES[plan.scheduler]
     try:
-        sending.send(context.run, plan, context.attempt.number, dependency="afterany:" + ":".join(job_ids))
+        sending.send(context.run, plan, context.attempt.number, **scheduler.after(job_ids))
     except SchedulerError as error:
         text = f"the run that it waits for goes on in job {job_ids[0]}, and no job can wait for that: {error}"
         raise AgentFaultError("configuration", text) from error
     if here.agents > 1:  # the others wait for a rendezvous
         try:
-            slurm.cancel([here.job_id], timeout_s=plan.command_timeout_s)
+            scheduler.cancel([here.job_id], timeout_s=plan.command_timeout_s)
         except SchedulerError as error:
-            log.warning("%s; srun ends the other agents soon", error)
+            log.warning("%s; the launcher ends the other agents soon", error)

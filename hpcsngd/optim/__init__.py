@@ -19,6 +19,7 @@ from hpcsngd.optim.mfac import MFAC as MFAC
 from hpcsngd.optim.records import LayerCheck as LayerCheck
 from hpcsngd.optim.records import StepRecord as StepRecord
 from hpcsngd.optim.schedules import DampingDecay as DampingDecay
+from hpcsngd.optim.schedules import DampingSteps as DampingSteps
 from hpcsngd.optim.sparsified import TopKFeedback as TopKFeedback
 
 #: Every preconditioner by the name that experiments use.

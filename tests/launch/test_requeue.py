@@ -11,7 +11,7 @@ import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import agent, ownjob, plan, requeue, sending, slurm
+from hpcsngd.launch import agent, ownjob, plan, requeue, schedulers, sending, slurm
 from hpcsngd.launch.ownjob import OwnJob
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
@@ -88,7 +88,7 @@ def test_a_time_out_without_a_new_checkpoint_would_only_repeat(run: RunDir, made
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Records what is asked of Slurm; every call works."""
     asked: list[Any] = []
-    monkeypatch.setattr(requeue, "command_output", lambda words, **_: asked.append(list(words)))
+    monkeypatch.setattr(slurm, "command_output", lambda words, **_: asked.append(list(words)))
 
     def send(run: RunDir, made: Plan, attempt: int, **directives: object) -> str:
         asked.append((attempt, directives))
@@ -120,7 +120,7 @@ def test_the_job_is_requeued(run: RunDir, made: Plan, calls: Sequence[Any]) -> N
 def test_where_it_cannot_be_a_new_job_waits_for_its_end(
     run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("scontrol is not installed here"))
+    monkeypatch.setattr(slurm, "command_output", refusing("scontrol is not installed here"))
     assert go_on(run, made) == {"state": "preempted", "next": "resubmit", "job_id": "8"}
     assert calls == [(2, {"dependency": "afterany:7"})]
 
@@ -128,7 +128,7 @@ def test_where_it_cannot_be_a_new_job_waits_for_its_end(
 def test_a_scheduler_that_was_quicker_is_left_alone(
     run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("Job is pending execution"))
+    monkeypatch.setattr(slurm, "command_output", refusing("Job is pending execution"))
     monkeypatch.setattr(ownjob, "ask", lambda *_, **__: OwnJob("COMPLETING", 1, False, 60.0))
     assert go_on(run, made) == {"state": "preempted", "next": "scheduler", "job_id": "7"}
     assert calls == []
@@ -137,7 +137,7 @@ def test_a_scheduler_that_was_quicker_is_left_alone(
 def test_both_reasons_are_told_if_neither_works(
     run: RunDir, made: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("no scontrol"))
+    monkeypatch.setattr(slurm, "command_output", refusing("no scontrol"))
     monkeypatch.setattr(sending, "send", refusing("no sbatch"))
     monkeypatch.setattr(ownjob, "ask", lambda *_, **__: None)
     with pytest.raises(SchedulerError, match=r"^no scontrol; no sbatch$"):
@@ -160,7 +160,8 @@ def lose(run: RunDir, made: Plan, *faults: Fault) -> dict[str, Any]:
 @pytest.fixture
 def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
-    monkeypatch.setattr(slurm, "cancel", lambda job_ids, **_: asked.append(job_ids))
+    ours = dataclasses.replace(schedulers.QUEUES["slurm"], cancel=lambda job_ids, **_: asked.append(job_ids))
+    monkeypatch.setitem(schedulers.QUEUES, "slurm", ours)
     return asked
 
 
@@ -185,7 +186,7 @@ def test_the_sites_own_exclusions_and_earlier_losses_stay(
     lose(run, site, LOST, Fault("node_failure", "GPU is lost", "n2", rank=4))
     assert calls == [(2, {"dependency": "afterany:7", "exclude": "n8,n1,n2"})]
     here = Place("8", ("n0", "n3"), 0, 0, 0, 2, 0, "n0")
-    monkeypatch.setattr(requeue, "command_output", refusing("no scontrol"))
+    monkeypatch.setattr(slurm, "command_output", refusing("no scontrol"))
     requeue.go_on(run, site, run.attempt(2), here, {"cause": "timeout"})
     assert calls[-1] == (3, {"dependency": "afterany:8", "exclude": "n8,n1,n2"})
 
