@@ -246,6 +246,20 @@ _ALL = (
         ),
         doc="How much is preconditioned; with diagnostics.quantify_every.",
     ),
+    Table(
+        "staleness",
+        ("step",),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            Column("step", "int", "steps", "updates that the server has made, this one included"),
+            Column("worker", "int", "", "rank whose gradient was applied"),
+            Column("pulled", "int", "steps", "updates made when the worker took its parameters"),
+            Column("staleness", "int", "steps", "updates of others between the pull and this one"),
+            Column("utc", "str", "", "ISO 8601 time of the update"),
+        ),
+        doc="Age of every gradient that a parameter server applied; written by the server.",
+    ),
 )
 
 TABLES: dict[str, Table] = {table.name: table for table in _ALL}
