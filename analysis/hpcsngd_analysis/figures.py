@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
 from hpcsngd_analysis.load import Runs
+from hpcsngd_analysis.thin import POINTS, Floats, kept_points
 
 Metric = Literal["accuracy", "loss"]
 Clock = Literal["epoch", "train_s"]
-Floats = npt.NDArray[np.float64]
 
 # Okabe and Ito, "Color universal design" (2008), without yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,9 +36,6 @@ SYMBOLS = (
     ("star", "★"),
     ("triangle-down", "▼"),
 )
-POINTS = 1000
-"""A curve with more rows is thinned to at most this many points, see `kept_points`."""
-
 MANY = 8
 """With more runs than this the training curves start hidden, because they would cover the test curves."""
 
@@ -134,28 +130,6 @@ def _lines(table: pd.DataFrame, metric: Metric, clock: Clock, divisor: float, po
         keep = kept_points(y, points)
         found.append(Curve(str(run), str(split), x[keep] / divisor, y[keep]))
     return found
-
-
-def kept_points(values: Floats, points: int = POINTS) -> npt.NDArray[np.intp]:
-    """Returns which points of a long curve to draw: of each interval the lowest and the highest.
-
-    Unlike every n-th point this keeps spikes. First and last point stay, so the end of a curve is exact. An
-    interval without a number keeps one NaN, which leaves a gap in the line.
-
-    Args:
-        values: the curve, any length.
-        points: how many to keep at most; at least 4.
-
-    Returns:
-        Increasing positions in ``values``; all of them where there are no more than ``points``.
-    """
-    if len(values) <= points:
-        return np.arange(len(values))
-    is_nan = np.isnan(values)
-    low, high = np.where(is_nan, np.inf, values), np.where(is_nan, -np.inf, values)
-    parts = np.array_split(np.arange(len(values)), points // 2 - 1)
-    extremes = [part[chosen] for part in parts for chosen in (low[part].argmin(), high[part].argmax())]
-    return np.unique(np.array([0, *extremes, len(values) - 1], dtype=np.intp))
 
 
 def _decades(lines: Sequence[Curve]) -> float:

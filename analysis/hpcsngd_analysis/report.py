@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 from hpcsngd import __version__
 from hpcsngd.errors import HpcsngdError
 from hpcsngd.rundir import utc_now
-from hpcsngd_analysis import figures, sweeps, tables, text
+from hpcsngd_analysis import figures, sweeps, tables, text, thin
 from hpcsngd_analysis.load import Run, Runs, load
 
 SCHEMA = 1
@@ -124,7 +124,7 @@ def render(runs: Runs) -> str:
         differences=_differences_grid(tables.config_differences(runs)),
         hides_training=len(runs.records) > figures.MANY,
         plotly_js=Markup(get_plotlyjs()),  # noqa: S704 - our own dependency's script, not user text
-        points=figures.POINTS,
+        points=thin.POINTS,
         version=__version__,
         written=utc_now(),
         nonce=secrets.token_urlsafe(16),
@@ -223,7 +223,7 @@ def _figure_record(data: figures.Curves) -> dict[str, Any]:
     }
 
 
-def _numbers(values: figures.Floats) -> list[float | str]:
+def _numbers(values: thin.Floats) -> list[float | str]:
     return [value if math.isfinite(value) else str(value) for value in values.tolist()]
 
 
