@@ -87,10 +87,10 @@ def by_kind(seconds: pd.DataFrame) -> pd.DataFrame:
     return seconds.groupby(kinds, sort=False).sum(min_count=1)
 
 
-def time_figure(seconds: pd.DataFrame, *, x_title: str = "") -> go.Figure:
+def time_figure(seconds: pd.DataFrame) -> go.Figure:
     """Returns stacked bars of seconds, in the unit that suits the highest bar."""
     word, size = unit(float(seconds.sum().max()) if seconds.size else 0.0, SHORT_TIME_UNITS)
-    return stacked(seconds / size, f"median time of a step ({word})", looks=_looks(seconds.index), x_title=x_title)
+    return stacked(seconds / size, f"median time of a step ({word})", looks=_looks(seconds.index))
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:

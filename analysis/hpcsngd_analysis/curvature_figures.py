@@ -114,10 +114,16 @@ def _layer_lines(grad_norm: pd.DataFrame, layers: Sequence[str]) -> Iterator[go.
 
 
 def lr_drops(train: pd.DataFrame, factor: float = 0.5) -> list[float]:
-    """Returns the epochs at which the learning rate of one run fell by ``factor`` or more from row to row."""
+    """Returns the epochs at which the learning rate of one run fell to ``factor`` of itself or less, at once.
+
+    The end of a cosine, where each row is much below the one before, is a slope and no drop.
+    """
     lr: Floats = train["lr"].to_numpy(float)
-    fell = np.flatnonzero(lr[1:] <= factor * lr[:-1]) + 1
-    return [float(epoch) for epoch in train["epoch"].to_numpy(float)[fell]]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = lr[1:] / lr[:-1]
+    before = np.r_[1.0, ratio[:-1]]
+    drops = np.flatnonzero((ratio <= factor) & (before > 0.9)) + 1
+    return [float(epoch) for epoch in train["epoch"].to_numpy(float)[drops]]
 
 
 def eigenvalue_over_damping(rank_analysis: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,11 @@ def faint(position: int, opacity: float = 0.18) -> str:
 def plain(name: object) -> str:
     """Returns a user's text so that plotly, which reads a small HTML dialect in names, shows it as it is."""
     return html.escape(str(name), quote=False)
+
+
+def wrapped(name: object, width: int = 26) -> str:
+    """Returns a text as `plain` does, in lines of about ``width`` characters, for the label of a bar."""
+    return "<br>".join(plain(line) for line in textwrap.wrap(str(name), width, break_long_words=True))
 
 
 def unit(longest: float, units: Sequence[tuple[str, float]] = TIME_UNITS) -> tuple[str, float]:

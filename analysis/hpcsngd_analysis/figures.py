@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -29,12 +28,10 @@ from hpcsngd_analysis.drawing import (
 )
 from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs
+from hpcsngd_analysis.thin import POINTS, kept_points
 
 Metric = Literal["accuracy", "loss"]
 Clock = Literal["epoch", "samples", "train_s"]
-
-POINTS = 1000
-"""A curve with more rows is thinned to at most this many points, see `kept_points`."""
 
 MANY = 8
 """With more runs than this the training curves start hidden, because they would cover the test curves."""
@@ -181,28 +178,6 @@ def _line(
     return Curve(str(run), str(split), x[keep] / divisor, y[keep])
 
 
-def kept_points(values: Floats, points: int = POINTS) -> npt.NDArray[np.intp]:
-    """Returns which points of a long curve to draw: of each interval the lowest and the highest.
-
-    Unlike every n-th point this keeps spikes. First and last point stay, so the end of a curve is exact. An
-    interval without a number keeps one NaN, which leaves a gap in the line.
-
-    Args:
-        values: the curve, any length.
-        points: how many to keep at most; at least 4.
-
-    Returns:
-        Increasing positions in ``values``; all of them where there are no more than ``points``.
-    """
-    if len(values) <= points:
-        return np.arange(len(values))
-    is_nan = np.isnan(values)
-    low, high = np.where(is_nan, np.inf, values), np.where(is_nan, -np.inf, values)
-    parts = np.array_split(np.arange(len(values)), points // 2 - 1)
-    extremes = [part[chosen] for part in parts for chosen in (low[part].argmin(), high[part].argmax())]
-    return np.unique(np.array([0, *extremes, len(values) - 1], dtype=np.intp))
-
-
 def figure(data: Curves, runs: Runs) -> go.Figure:
     """Returns the drawing of `curves`: test solid, validation dashed, training dotted, thin and below.
 
@@ -248,12 +223,12 @@ def _hover(metric: Metric, clock: Clock, x_title: str) -> str:
     return f"<b>%{{fullData.name}}</b><br>{y}<br>{x}<extra></extra>"
 
 
-def _layout(data: Curves, *, has_legend: bool = False) -> go.Layout:
-    # Of runs the page has one key for all figures, so theirs have no legend.
+def _layout(data: Curves) -> go.Layout:
+    # Of runs and groups the page has one key for all figures, so these have no legend.
     return layout(
         axis(data.x_title, rangemode="tozero"),
         axis(data.y_title, decades=data.decades, tickformat=".2~%" if data.metric == "accuracy" else ".3~g"),
-        has_legend=has_legend,
+        has_legend=False,
     )
 
 
@@ -340,7 +315,7 @@ def band_figure(found: Sequence[Band], metric: Metric, clock: Clock) -> go.Figur
     title = f"{_CLOCKS[clock][0]} ({word})" if word else _CLOCKS[clock][0]
     span = _span([band.mean for band in found]) if metric == "loss" else 0.0
     data = Curves(metric, clock, title, f"mean {metric}{' (log scale)' if span else ''}", span, ())
-    drawing = go.Figure(layout=_layout(data, has_legend=True))
+    drawing = go.Figure(layout=_layout(data))
     names = list(dict.fromkeys(band.group for band in found))
     for band in found:
         drawing.add_traces(list(_band_traces(band, names.index(band.group), data, size)))

@@ -64,13 +64,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure of the page, with its title and how to read it."""
+    """One figure of the page, with its title and how to read it; ``height_rem`` 0 is the usual height."""
 
     id: str
     title: str
     figure: go.Figure
     note: str = ""
-    is_tall: bool = False
+    height_rem: float = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -93,7 +93,7 @@ class Panel:
             "title": self.title,
             "x": _title(self.figure, "xaxis"),
             "y": _title(self.figure, "yaxis"),
-            "series": [_series(trace) for trace in self.figure.data],
+            "series": [_series(trace) for trace in self.figure.data if _draws(trace)],
             "marks": [
                 {"name": shape.name, "from": plain(shape.x0), "to": plain(shape.x1)}
                 for shape in self.figure.layout.shapes
@@ -121,6 +121,12 @@ class Section:
             "grids": [grid.to_json() for grid in self.grids],
             "figures": [panel.to_json() for panel in self.panels],
         }
+
+
+def bars_panel(id: str, title: str, figure: go.Figure, note: str = "") -> Panel:  # noqa: A002 - HTML's word
+    """Returns a panel of lying bars, high enough for their names."""
+    bars = len(figure.data[0].y) if figure.data else 0
+    return Panel(id, title, figure, note, height_rem=9 + 2.6 * bars)
 
 
 def grid_rows(table: pd.DataFrame, measured: Iterable[str] = ()) -> tuple[dict[str, Any], ...]:
@@ -157,6 +163,11 @@ def numbers(values: Any) -> list[Any]:
     if isinstance(values, Sequence) and values and isinstance(values[0], Sequence) and not isinstance(values[0], str):
         return [numbers(row) for row in values]
     return [plain(value) for value in (values.tolist() if isinstance(values, np.ndarray) else values)]
+
+
+def _draws(trace: Any) -> bool:
+    """Whether a trace is more than an entry of the legend."""
+    return "x" not in trace or trace.x is None or len(trace.x) != 1 or trace.x[0] is not None
 
 
 def _series(trace: Any) -> dict[str, Any]:

@@ -180,6 +180,7 @@ def render(which: Context) -> str:
         splits=_splits(runs),
         hides_training=len(runs.records) > figures.MANY,
         has_key=not which.is_crowded,
+        groups=_group_key(which, page.sections),
         plotly_js=Markup(get_plotlyjs()),  # noqa: S704 - our own dependency's script, not user text
         version=__version__,
         written=utc_now(),
@@ -190,6 +191,14 @@ def render(which: Context) -> str:
 def _splits(runs: Runs) -> list[str]:
     found = ["train"] if len(runs.tables["train"]) else []
     return [*found, *dict.fromkeys(map(str, runs.tables["eval"]["split"]))]
+
+
+def _group_key(which: Context, made: Sequence[Section]) -> list[tuple[str, drawing.Style]]:
+    """Returns the groups with their looks, where a figure draws them."""
+    metas = [trace.meta or {} for section in made for panel in section.panels for trace in panel.figure.data]
+    if not any("group" in meta for meta in metas):
+        return []
+    return [(group.name, drawing.style(place)) for place, group in enumerate(which.groups)]
 
 
 def _script_json(panel: Panel) -> Markup:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from hpcsngd_analysis.drawing import DASHES, Floats, axis, decades, empty, faint, layout, plain, style
+from hpcsngd_analysis.drawing import DASHES, Floats, axis, decades, empty, faint, layout, plain, style, wrapped
 from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs
 
@@ -109,7 +109,8 @@ def figure(
     *,
     x_title: str = "epoch",
     is_log: bool | None = None,
-    tickformat: str = ".3~g",
+    tickformat: str = ".4~g",
+    has_zero: bool = False,
 ) -> go.Figure:
     """Returns the drawing of `spreads`: the median as a line, lowest to highest as an area.
 
@@ -119,31 +120,41 @@ def figure(
         x_title: with its unit.
         is_log: whether the vertical axis is logarithmic; default: where that shows more, see `decades`.
         tickformat: of the vertical axis, in d3's words.
+        has_zero: whether the vertical axis begins at zero.
     """
     if not data:
         return empty()
     values = np.concatenate([each.median for each in data])
     span = decades(values) if is_log is None else decades(values) * is_log
     kinds = list(dict.fromkeys(each.kind for each in data))
+    zero = {"rangemode": "tozero"} if has_zero else {}
     drawing = go.Figure(
         layout=layout(
             axis(x_title, rangemode="tozero"),
-            axis(f"{y_title}{' (log scale)' if span else ''}", decades=span, tickformat=tickformat),
-            # The page's key names the runs; groups and kinds are told apart here.
-            has_legend=len(kinds) > 1 or not data[0].member.is_run,
+            axis(f"{y_title}{' (log scale)' if span else ''}", decades=span, tickformat=tickformat, **zero),
+            # The page's key names runs and groups; kinds are told apart here.
+            has_legend=len(kinds) > 1,
         )
     )
+    if len(kinds) > 1:
+        drawing.add_traces([_kind_trace(place, kind) for place, kind in enumerate(kinds)])
     for each in data:
         drawing.add_traces(list(_traces(each, kinds)))
     return drawing
 
 
+def _kind_trace(place: int, kind: str) -> go.Scatter:
+    """Returns the legend's entry of a kind; it draws nothing, and its group is hidden with it."""
+    line = {"color": "#444", "width": 2, "dash": DASHES[place % len(DASHES)]}
+    return go.Scatter(x=[None], y=[None], name=plain(kind), legendgroup=kind, mode="lines", line=line)
+
+
 def _traces(each: Spread, kinds: Sequence[str]) -> Iterator[go.Scatter]:
     name = plain(f"{each.member.name}, {each.kind}" if each.kind else each.member.name)
-    common = {"x": each.x, "legendgroup": name, "meta": each.member.meta}
+    common = {"x": each.x, "legendgroup": each.kind, "meta": each.member.meta, "showlegend": False}
     look = style(each.member.position)
     if (each.low < each.high).any():
-        edge = {**common, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        edge = {**common, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
         yield go.Scatter(y=each.low, name=f"{name}, lowest", **edge)
         yield go.Scatter(
             y=each.high,
@@ -168,30 +179,35 @@ def _traces(each: Spread, kinds: Sequence[str]) -> Iterator[go.Scatter]:
 
 
 def stacked(
-    parts: pd.DataFrame, y_title: str, *, looks: Mapping[str, tuple[str, str]] | None = None, x_title: str = ""
+    parts: pd.DataFrame, x_title: str, *, looks: Mapping[str, tuple[str, str]] | None = None
 ) -> go.Figure:
-    """Returns a stacked bar chart.
+    """Returns a chart of stacked bars that lie, so that their names can be read.
 
     Args:
-        parts: index: what is stacked, from the bottom; columns: one bar each; NaN for nothing.
-        y_title: with its unit.
+        parts: index: what is stacked, from the left; columns: one bar each, from the top; NaN for nothing.
+        x_title: with its unit.
         looks: per index label color and hatch; default: the palette in its order.
-        x_title: what the bars are.
     """
     if parts.empty:
         return empty()
     drawing = go.Figure(
-        layout=layout(axis(x_title, type="category"), axis(y_title, tickformat=".3~g"), barmode="stack")
+        layout=layout(
+            axis(x_title, tickformat=".4~g"),
+            axis("", type="category", autorange="reversed", gridcolor="white"),
+            barmode="stack",
+        )
     )
     for place, (part, row) in enumerate(parts.iterrows()):
         color, hatch = (looks or {}).get(str(part), (style(place).color, ""))
+        pattern = {"shape": hatch, "fgcolor": "white", "bgcolor": color, "size": 6} if hatch else None
         drawing.add_trace(
             go.Bar(
-                x=[plain(column) for column in parts.columns],
-                y=row.to_numpy(float),
+                orientation="h",
+                x=row.to_numpy(float),
+                y=[wrapped(column) for column in parts.columns],
                 name=plain(part),
-                marker={"color": color, "pattern": {"shape": hatch, "fgcolor": "white", "size": 6}},
-                hovertemplate="<b>%{fullData.name}</b><br>%{x}<br>%{y:.4~g}<extra></extra>",
+                marker={"color": color, "pattern": pattern},
+                hovertemplate="<b>%{fullData.name}</b><br>%{y}<br>%{x:.4~g}<extra></extra>",
             )
         )
     return drawing
@@ -232,7 +248,7 @@ def boxes(
     drawing = go.Figure(
         layout=layout(
             axis(x_title, type="category"),
-            axis(y_title, tickformat=".3~g", **span),
+            axis(y_title, tickformat=".4~g", **span),
             boxmode="group",
             has_legend=len(data) > 1,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from hpcsngd_analysis import figures, series
+from hpcsngd_analysis import series, thin
 from hpcsngd_analysis.groups import Group, groups
 from hpcsngd_analysis.load import Runs
 from hpcsngd_analysis.series import Member
@@ -82,4 +82,4 @@ def drawn_note(which: Context) -> str:
     )
 
 
-POINTS_NOTE = f"A curve of more than {figures.POINTS:,} rows is drawn by the lowest and highest value of each interval."
+POINTS_NOTE = f"A curve of more than {thin.POINTS:,} rows is drawn by the lowest and highest value of each interval."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpcsngd_analysis import cost_figures as figures
-from hpcsngd_analysis.panels import Panel, Section
+from hpcsngd_analysis.panels import Section, bars_panel
 from hpcsngd_analysis.sections.context import Context
 
 
@@ -15,9 +15,9 @@ def phases(context: Context) -> Section | None:
     refresh = figures.phase_seconds(profiling, context.groups)
     between = figures.phase_seconds(profiling, context.groups, refreshes_only=False)
     panels = (
-        Panel("phases-refresh", "A step that refreshes curvature, by phase", figures.time_figure(refresh)),
-        Panel("phases-between", "A step between refreshes, by phase", figures.time_figure(between)),
-        Panel(
+        bars_panel("phases-refresh", "A step that refreshes curvature, by phase", figures.time_figure(refresh)),
+        bars_panel("phases-between", "A step between refreshes, by phase", figures.time_figure(between)),
+        bars_panel(
             "phases-kinds",
             "A step that refreshes: computation and communication",
             figures.time_figure(figures.by_kind(refresh)),
@@ -39,7 +39,7 @@ def ranks(context: Context) -> Section | None:
     found = figures.computation_and_communication(profiling, context.runs, families)
     if found["ranks"].nunique() < 2:
         return None
-    panel = Panel("timing-ranks", "A refresh: computation and communication", figures.ranks_figure(found))
+    panel = bars_panel("timing-ranks", "A refresh: computation and communication", figures.ranks_figure(found))
     note = (
         "The preconditioner's phases at refreshes, sums of medians, as in figure 3 of HyLo; communication is "
         "gather, reduce and broadcast."
@@ -54,8 +54,8 @@ def sizes(context: Context) -> Section | None:
     if sent.empty and held.empty:
         return None
     panels = (
-        Panel("bytes-phase", "Bytes sent in a step with exchange, by phase", figures.bytes_figure(sent, "bytes per step")),
-        Panel("memory-kind", "Memory of the preconditioner, by kind", figures.bytes_figure(held, "held")),
+        bars_panel("bytes-phase", "Bytes sent in a step with exchange, by phase", figures.bytes_figure(sent, "bytes per step")),
+        bars_panel("memory-kind", "Memory of the preconditioner, by kind", figures.bytes_figure(held, "held")),
     )
     note = "Medians over steps and runs, of rank 0: what it hands to collectives, and what it holds after the step."
     shown = tuple(panel for panel in panels if not panel.is_empty)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
 
 from hpcsngd_analysis import curvature_figures as figures
@@ -26,7 +28,7 @@ def low_rank(context: Context) -> Section | None:
             note="Whiskers reach the lowest and the highest.",
         ),
         Panel("rank-epoch", "Rank over time", _over_time(context, "rank_analysis", "low_rank", "matrix rank", "share")),
-        Panel("kept-epoch", "Samples kept over time", _over_time(context, "kept", "kept", "samples kept", "rule")),
+        Panel("kept-epoch", "Samples kept over time", _over_time(context, "kept", "kept", "samples kept", "rule", has_zero=True)),
     )
     note = (
         "The rank is the number of singular values that make up a share of their sum, as in figure 10 of HyLo. "
@@ -87,7 +89,7 @@ def damping(context: Context) -> Section | None:
         return None
     strength = series.spreads(figures.eigenvalue_over_damping(table), context.members, "strength")
     panels = (
-        Panel("damping", "Damping", _over_time(context, "rank_analysis", "damping", "damping")),
+        Panel("damping", "Damping", _over_time(context, "rank_analysis", "damping", "damping", has_zero=True)),
         Panel(
             "strength",
             "Top eigenvalue over damping",
@@ -128,7 +130,7 @@ def preconditioning(context: Context) -> Section | None:
         return None
     panels = (
         Panel("scale", "Scale", _over_time(context, "quantify", "norm_ratio", "‖u‖ / ‖g‖")),
-        Panel("rotation", "Rotation", _over_time(context, "quantify", "angle_deg", "angle (degrees)")),
+        Panel("rotation", "Rotation", _over_time(context, "quantify", "angle_deg", "angle (degrees)", is_log=False, has_zero=True)),
         Panel("entry-scale", "Scale of the median entry", _over_time(context, "quantify", "q50", "median |uᵢ / gᵢ|")),
     )
     note = (
@@ -138,8 +140,8 @@ def preconditioning(context: Context) -> Section | None:
     return Section("preconditioning", "Scale and rotation", panels=panels, note=note)
 
 
-def _over_time(context: Context, table: str, column: str, title: str, kind: str | None = None) -> go.Figure:
-    return series.figure(series.spreads(context.table(table), context.members, column, kind=kind), title)
+def _over_time(context: Context, table: str, column: str, title: str, kind: str | None = None, **how: Any) -> go.Figure:
+    return series.figure(series.spreads(context.table(table), context.members, column, kind=kind), title, **how)
 
 
 def _shown(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:

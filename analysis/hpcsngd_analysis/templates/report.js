@@ -9,14 +9,14 @@
   const rows = [...document.querySelectorAll("#table-runs tbody tr")];
   const hiddenRuns = new Set();
 
-  // A curve of a run is shown while its run is not filtered out, and the buttons of its run and split are pressed.
+  // A curve is shown while its run is not filtered out, and the buttons of its run, group and split are pressed.
   const isOn = (kind, value) => {
     const button = buttons.find((each) => each.dataset[kind] === String(value));
     return !button || button.getAttribute("aria-pressed") === "true";
   };
   const isShown = (meta) =>
-    !hiddenRuns.has(meta.run) && isOn("run", meta.run) && (meta.split === undefined || isOn("split", meta.split));
-  const isOfRun = ({ meta }) => meta && meta.run !== undefined;
+    !hiddenRuns.has(meta.run) && ["run", "group", "split"].every((kind) => isOn(kind, meta[kind]));
+  const hasKey = ({ meta }) => meta && (meta.run !== undefined || meta.group !== undefined);
 
   const drawn = new Set();
   const draw = (plot) => {
@@ -24,7 +24,7 @@
     drawn.add(plot);
     const { data, layout } = JSON.parse(document.querySelector(`script[data-plot="${plot.id}"]`).textContent);
     for (const trace of data) {
-      if (isOfRun(trace)) trace.visible = isShown(trace.meta);
+      if (hasKey(trace)) trace.visible = isShown(trace.meta);
     }
     const modeBarButtons = layout.scene ? solid : flat;
     Plotly.newPlot(plot, data, layout, { responsive: true, displaylogo: false, modeBarButtons });
@@ -39,7 +39,7 @@
 
   const update = () => {
     for (const plot of drawn) {
-      const places = plot.data.flatMap((trace, place) => (isOfRun(trace) ? [place] : []));
+      const places = plot.data.flatMap((trace, place) => (hasKey(trace) ? [place] : []));
       if (places.length) Plotly.restyle(plot, { visible: places.map((place) => isShown(plot.data[place].meta)) }, places);
     }
   };
