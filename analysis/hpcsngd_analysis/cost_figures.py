@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from hpcsngd_analysis.drawing import BYTE_UNITS, HATCHES, SHORT_TIME_UNITS, color, unit
+from hpcsngd_analysis.drawing import BYTE_UNITS, SHORT_TIME_UNITS, unit
 from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs
 from hpcsngd_analysis.series import stacked
@@ -90,12 +90,8 @@ def by_kind(seconds: pd.DataFrame) -> pd.DataFrame:
 def time_figure(seconds: pd.DataFrame) -> go.Figure:
     """Returns stacked bars of seconds, in the unit that suits the highest bar."""
     word, size = unit(float(seconds.sum().max()) if seconds.size else 0.0, SHORT_TIME_UNITS)
-    return stacked(seconds / size, f"median time of a step ({word})", looks=_looks(seconds.index))
-
-
-def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    # Seven colors and more phases: the second round is hatched.
-    return {str(name): (color(place), HATCHES[place // 7 % len(HATCHES)]) for place, name in enumerate(names)}
+    order = PHASES if set(PHASES) & set(seconds.index) else ()
+    return stacked(seconds / size, f"{word} per step", order)
 
 
 def computation_and_communication(profiling: pd.DataFrame, runs: Runs, groups: Sequence[Group]) -> pd.DataFrame:
@@ -158,10 +154,10 @@ def _bytes(table: pd.DataFrame, groups: Sequence[Group], key: str) -> pd.DataFra
     return pd.DataFrame(columns, dtype=float)
 
 
-def bytes_figure(found: pd.DataFrame, what: str) -> go.Figure:
-    """Returns stacked bars of bytes, in the unit that suits the highest bar."""
+def bytes_figure(found: pd.DataFrame, what: str = "") -> go.Figure:
+    """Returns stacked bars of bytes, in the unit that suits the longest bar, followed by ``what``."""
     word, size = unit(float(found.sum().max()) if found.size else 0.0, BYTE_UNITS)
-    return stacked(found / size, f"{what} ({word})", looks=_looks(found.index))
+    return stacked(found / size, f"{word}{what}")
 
 
 def rank_seconds(profiling: pd.DataFrame) -> pd.DataFrame:

@@ -28,7 +28,6 @@ SYMBOLS = (
     ("triangle-down", "▼"),
 )
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-HATCHES = ("", "/", "\\", "x", ".", "-", "|", "+")
 
 TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
 SHORT_TIME_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
@@ -65,10 +64,22 @@ def color(position: int) -> str:
     return PALETTE[position % len(PALETTE)]
 
 
+def color_of_many(position: int) -> str:
+    """Returns the color at a position where there are more than seven: then paler, then darker; 21 differ."""
+    target, share = ((0, 0.0), (255, 0.55), (0, 0.45))[position // len(PALETTE) % 3]
+    red, green, blue = (round(part + (target - part) * share) for part in _rgb(position))
+    return f"rgb({red},{green},{blue})"
+
+
 def faint(position: int, opacity: float = 0.18) -> str:
     """Returns the color at a position as a fill that lets others shine through."""
-    red, green, blue = (int(color(position)[start : start + 2], 16) for start in (1, 3, 5))
+    red, green, blue = _rgb(position)
     return f"rgba({red},{green},{blue},{opacity})"
+
+
+def _rgb(position: int) -> tuple[int, int, int]:
+    red, green, blue = (int(color(position)[start : start + 2], 16) for start in (1, 3, 5))
+    return red, green, blue
 
 
 def plain(name: object) -> str:
@@ -76,7 +87,7 @@ def plain(name: object) -> str:
     return html.escape(str(name), quote=False)
 
 
-def wrapped(name: object, width: int = 26) -> str:
+def wrapped(name: object, width: int = 24) -> str:
     """Returns a text as `plain` does, in lines of about ``width`` characters, for the label of a bar."""
     return "<br>".join(plain(line) for line in textwrap.wrap(str(name), width, break_long_words=True))
 
@@ -125,7 +136,7 @@ def layout(
         hovermode="closest",
         hoverlabel={"namelength": -1, "bgcolor": "white"},
         showlegend=has_legend,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         **more,
     )
 

@@ -125,8 +125,9 @@ class Section:
 
 def bars_panel(id: str, title: str, figure: go.Figure, note: str = "") -> Panel:  # noqa: A002 - HTML's word
     """Returns a panel of lying bars, high enough for their names."""
-    bars = len(figure.data[0].y) if figure.data else 0
-    return Panel(id, title, figure, note, height_rem=9 + 2.6 * bars)
+    names = figure.data[0].y if figure.data else ()
+    most_lines = max((name.count("<br>") + 1 for name in names), default=0)
+    return Panel(id, title, figure, note, height_rem=round(11 + len(names) * (0.7 + 0.95 * most_lines), 1))
 
 
 def grid_rows(table: pd.DataFrame, measured: Iterable[str] = ()) -> tuple[dict[str, Any], ...]:

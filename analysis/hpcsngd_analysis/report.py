@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 from hpcsngd import __version__
 from hpcsngd.errors import HpcsngdError
 from hpcsngd.rundir import utc_now
-from hpcsngd_analysis import drawing, figures, sections, sweeps, tables, text
+from hpcsngd_analysis import drawing, figures, sections, sweeps, tables, text, thin
 from hpcsngd_analysis.load import Run, Runs, load
 from hpcsngd_analysis.panels import Column, Grid, Panel, Section, grid_rows
 from hpcsngd_analysis.sections import Builder
@@ -107,7 +107,7 @@ def to_json(paths: Iterable[str | Path], options: Options | None = None) -> dict
         RunDirError: see `hpcsngd_analysis.load.load`.
         HpcsngdError: an option that does not fit the runs.
     """
-    return content(context(load(paths), options)).to_json()
+    return content(context(_load(paths), options)).to_json()
 
 
 def write_report(paths: Iterable[str | Path], out: Path, options: Options | None = None) -> Path:
@@ -122,8 +122,12 @@ def write_report(paths: Iterable[str | Path], out: Path, options: Options | None
         RunDirError: see `hpcsngd_analysis.load.load`.
         HpcsngdError: the file cannot be written, or an option does not fit the runs.
     """
-    write_page(render(context(load(paths), options)), out)
+    write_page(render(context(_load(paths), options)), out)
     return out
+
+
+def _load(paths: Iterable[str | Path]) -> Runs:
+    return load(paths, train_rows=thin.POINTS)
 
 
 def write_page(page: str, out: Path) -> None:

@@ -9,7 +9,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from hpcsngd_analysis.drawing import DASHES, Floats, axis, decades, empty, faint, layout, plain, style, wrapped
+from hpcsngd_analysis.drawing import (
+    DASHES,
+    Floats,
+    axis,
+    color_of_many,
+    decades,
+    empty,
+    faint,
+    layout,
+    plain,
+    style,
+    wrapped,
+)
 from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs
 
@@ -178,35 +190,33 @@ def _traces(each: Spread, kinds: Sequence[str]) -> Iterator[go.Scatter]:
     )
 
 
-def stacked(
-    parts: pd.DataFrame, x_title: str, *, looks: Mapping[str, tuple[str, str]] | None = None
-) -> go.Figure:
+def stacked(parts: pd.DataFrame, x_title: str, order: Sequence[str] = ()) -> go.Figure:
     """Returns a chart of stacked bars that lie, so that their names can be read.
 
     Args:
         parts: index: what is stacked, from the left; columns: one bar each, from the top; NaN for nothing.
         x_title: with its unit.
-        looks: per index label color and hatch; default: the palette in its order.
+        order: names that have the same color in all figures, by their place here.
     """
     if parts.empty:
         return empty()
     drawing = go.Figure(
         layout=layout(
             axis(x_title, tickformat=".4~g"),
-            axis("", type="category", autorange="reversed", gridcolor="white"),
+            axis("", type="category", autorange="reversed", gridcolor="white", tickfont={"size": 11}),
             barmode="stack",
         )
     )
-    for place, (part, row) in enumerate(parts.iterrows()):
-        color, hatch = (looks or {}).get(str(part), (style(place).color, ""))
-        pattern = {"shape": hatch, "fgcolor": "white", "bgcolor": color, "size": 6} if hatch else None
+    places = {name: place for place, name in enumerate(dict.fromkeys([*order, *map(str, parts.index)]))}
+    for part, row in parts.iterrows():
         drawing.add_trace(
             go.Bar(
                 orientation="h",
-                x=row.to_numpy(float),
+                # As a list: plotly.js restarts a stack after a NaN in a packed array, but steps over a null.
+                x=[None if np.isnan(value) else float(value) for value in row],
                 y=[wrapped(column) for column in parts.columns],
                 name=plain(part),
-                marker={"color": color, "pattern": pattern},
+                marker={"color": color_of_many(places[str(part)]), "line": {"color": "white", "width": 0.5}},
                 hovertemplate="<b>%{fullData.name}</b><br>%{y}<br>%{x:.4~g}<extra></extra>",
             )
         )

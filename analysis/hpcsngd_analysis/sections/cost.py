@@ -54,8 +54,8 @@ def sizes(context: Context) -> Section | None:
     if sent.empty and held.empty:
         return None
     panels = (
-        bars_panel("bytes-phase", "Bytes sent in a step with exchange, by phase", figures.bytes_figure(sent, "bytes per step")),
-        bars_panel("memory-kind", "Memory of the preconditioner, by kind", figures.bytes_figure(held, "held")),
+        bars_panel("bytes-phase", "Bytes sent in a step with exchange, by phase", figures.bytes_figure(sent, " per step")),
+        bars_panel("memory-kind", "Memory of the preconditioner, by kind", figures.bytes_figure(held)),
     )
     note = "Medians over steps and runs, of rank 0: what it hands to collectives, and what it holds after the step."
     shown = tuple(panel for panel in panels if not panel.is_empty)
