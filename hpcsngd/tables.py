@@ -96,11 +96,26 @@ _ALL = (
             Column("split", "str", "", "which data: test or validation"),
             Column("count", "int", "samples", "samples evaluated, each once"),
             Column("loss", "float", "", "mean over the split"),
-            Column("accuracy", "float", "", "share of correct predictions"),
+            Column(
+                "accuracy", "float", "", "share of correct predictions; for masks the patients' mean Dice"
+            ),
             Column("eval_s", "float", "s", "time of this evaluation"),
             *_CLOCKS,
         ),
         doc="Evaluation, after each epoch.",
+    ),
+    Table(
+        "dice",
+        ("step", "patient"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("patient", "str", "", "name of the patient"),
+            Column("slices", "int", "", "slices of the volume"),
+            Column("dice", "float", "", "Dice coefficient of the volume, for the largest component"),
+        ),
+        doc="Segmentation of each patient, after each epoch; with task segmentation.",
     ),
     Table(
         "profiling",
