@@ -207,6 +207,23 @@ class CsvWriter:
         self._file.flush()
 
 
+def write_table(path: Path, table: Table, rows: Iterable[Mapping[str, Value]]) -> None:
+    """Writes a whole CSV file of a table: all rows or, after a kill, none; an older file is replaced.
+
+    Raises:
+        TypeError: a row lacks a column or has an unknown one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    writer = CsvWriter(temporary, table)
+    try:
+        for row in rows:
+            writer.write(**row)
+    finally:
+        writer.close()
+    temporary.replace(path)
+
+
 def _text(value: Value) -> str:
     if isinstance(value, bool):
         return str(int(value))

@@ -209,6 +209,8 @@ def _last_attempts(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     if not len(frame) or (table.key == ("step",) and not table.per_rank and _is_in_order(frame)):
         return frame
     key = [*table.key, "rank"] if table.per_rank else list(table.key)
+    if "attempt" not in frame:
+        return frame.drop_duplicates(key, keep="last", ignore_index=True)
     by_attempt = frame.sort_values("attempt", kind="stable")
     kept = by_attempt.drop_duplicates(key, keep="last")
     return kept.sort_values("step", kind="stable", ignore_index=True)

@@ -8,6 +8,9 @@ import numpy.typing as npt
 POINTS = 1000
 """A curve with more rows is thinned to at most this many points, see `kept_points`."""
 
+LOADED_ROWS = 2000
+"""What a report asks `hpcsngd_analysis.load.load` for as ``train_rows``."""
+
 PAGE_POINTS = 400_000
 """All curves of one page together have at most about this many points: some 6 MB as packed float32."""
 

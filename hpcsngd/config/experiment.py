@@ -23,6 +23,10 @@ class Model(Strict):
     """A model of ours, or `torchvision/<name>`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the model's constructor."""
+    blurpool: bool = False
+    """Blur the input of every strided convolution of at least 16 channels, against aliasing."""
+    channels_last: bool = False
+    """Lay images out with channels last, which some GPUs and CPUs compute faster."""
 
     @field_validator("name")
     @classmethod
@@ -56,6 +60,51 @@ class Folds(Strict):
         return self
 
 
+class Augment(Strict):
+    """Random changes of training images; a sample's follow from the seed, the epoch and its index alone."""
+
+    crop: int = Field(default=0, ge=0)
+    """Pixels of zeros around the image before a crop of its size is taken; 0: none."""
+    flip: bool = False
+    """Mirror half of the images, left to right."""
+    cutout: int = Field(default=0, ge=0)
+    """Side of a square, anywhere, that is set to the mean; 0: none."""
+    resized_crop: bool = False
+    """Take 8 to 100 % of the area in a ratio of 3:4 to 4:3, resized; imagenet only."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Resize by a factor between 1 - scale and 1 + scale; 0: none."""
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Turn by at most so many degrees, either way; 0: none."""
+
+
+class Resolution(Strict):
+    """Training images that grow: from `start` to `end` pixels, in steps of 32 between two epochs."""
+
+    start: int = Field(ge=32, multiple_of=32)
+    """Height and width in pixels before `first_epoch`."""
+    end: int = Field(ge=32, multiple_of=32)
+    """Height and width in pixels from `last_epoch` on."""
+    first_epoch: int = Field(ge=0)
+    """Epoch, from 0, at which they begin to grow."""
+    last_epoch: int = Field(ge=0)
+    """Epoch, from 0, from which they are at `end`."""
+
+    @model_validator(mode="after")
+    def _epochs_rise(self) -> Resolution:
+        if self.last_epoch < self.first_epoch:
+            raise ValueError("last_epoch must not be before first_epoch")
+        return self
+
+
+class Stage(Strict):
+    """A copy on each node's own disk, made once per node behind a lock and verified."""
+
+    to: str
+    """Folder on the node; $NAME is expanded there, e.g. $TMPDIR/data."""
+    archive: str | None = None
+    """Tar file below the data root, unpacked into the folder; null: copy the data set's own folder."""
+
+
 class Data(Strict):
     """The data set."""
 
@@ -73,6 +122,22 @@ class Data(Strict):
     """Use only the first so many test samples of a fixed shuffle."""
     folds: Folds | None = None
     """Cross-validation: evaluate on a held-out part of the training set; the test set stays unseen."""
+    classes: int | None = Field(default=None, ge=2)
+    """Use only the samples of the first so many classes."""
+    size: int | None = Field(default=None, ge=1)
+    """Height and width in pixels that images are brought to; default: 224 for imagenet, 256 for lgg-mri."""
+    eval_size: int | None = Field(default=None, ge=1)
+    """Height and width in pixels in evaluation, imagenet only; default: `size`."""
+    augment: Augment = Augment()
+    """Random changes of training images; none by default."""
+    resolution: Resolution | None = None
+    """Training images that grow, imagenet only; null: of `size`."""
+    stage: Stage | None = None
+    """A copy on each node's own disk; null: read where the data are."""
+    validation_patients: int | None = Field(default=None, ge=1)
+    """How many patients are evaluated, lgg-mri only; default: 10."""
+    split_seed: int = Field(default=42, ge=0)
+    """Decides which patients these are; apart from the experiment's seed, so that all runs have the same."""
 
     @field_validator("name")
     @classmethod
@@ -81,6 +146,29 @@ class Data(Strict):
             hint = did_you_mean(name, DATASETS) or ";"
             raise ValueError(f"unknown data set {name!r}{hint} allowed: {', '.join(DATASETS)}")
         return name
+
+    @model_validator(mode="after")
+    def _fits_the_data_set(self) -> Data:
+        facts = DATASETS[self.name]
+        is_folder, is_segmentation = self.name == "imagenet", facts.task == "segmentation"
+        rules = {
+            "size": (self.size is not None, facts.resizes),
+            "eval_size": (self.eval_size is not None, is_folder),
+            "resolution": (self.resolution is not None, is_folder),
+            "augment.resized_crop": (self.augment.resized_crop, is_folder),
+            "augment.crop": (self.augment.crop > 0, not is_folder),
+            "augment.scale": (self.augment.scale > 0, not is_folder),
+            "augment.rotate": (self.augment.rotate > 0, not is_folder),
+            "augment.cutout": (self.augment.cutout > 0, not is_segmentation),
+            "validation_patients": (self.validation_patients is not None, is_segmentation),
+            "classes": (self.classes is not None, not is_segmentation),
+            "folds": (self.folds is not None, not is_segmentation),
+            "stage": (self.stage is not None, facts.needs_root),
+        }
+        wrong = [key for key, (given, allowed) in rules.items() if given and not allowed]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: not for data set {self.name}")
+        return self
 
 
 class _Optimizer(Strict):
@@ -400,10 +488,19 @@ class Schedule(Strict):
 class Loss(Strict):
     """The training loss."""
 
-    name: Literal["cross_entropy"] = "cross_entropy"
-    """Mean over the samples of the whole global batch."""
+    name: Literal["cross_entropy", "dice"] = "cross_entropy"
+    """Cross-entropy, the mean over the samples of the whole global batch; or one minus the Dice coefficient
+    of a micro-batch's pixels, the mean over micro-batches by their size."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target spread over all classes."""
+    """Share of the target spread over all classes, in training; cross_entropy only."""
+    smooth: float = Field(default=1.0, ge=0)
+    """Added to both sides of Dice's fraction; dice only."""
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> Loss:
+        if self.label_smoothing and self.name == "dice":
+            raise ValueError("label_smoothing belongs to cross_entropy, not dice")
+        return self
 
 
 class Checkpoint(Strict):
@@ -474,8 +571,8 @@ class Experiment(Strict):
     """What is trained and why."""
     reference: str = ""
     """Paper, table or script that the settings come from."""
-    task: Literal["classification"] = "classification"
-    """What is learned."""
+    task: Literal["classification", "segmentation"] = "classification"
+    """What is learned: a class for each image, or a mask."""
     strategy: Literal["ddp"] = "ddp"
     """How ranks work together."""
     model: Model
@@ -517,3 +614,16 @@ class Experiment(Strict):
     matrix: dict[str, Axis] = Field(default_factory=dict)
     """Key path -> list of values: one run for each combination. `include`: a list of mappings, one more
     axis whose keys change together."""
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Experiment:
+        is_segmentation = self.task == "segmentation"
+        if is_segmentation != (DATASETS[self.data.name].task == "segmentation"):
+            raise ValueError(f"data set {self.data.name} is not for task {self.task}")
+        if is_segmentation != (self.model.name == "unet"):
+            raise ValueError(f"model {self.model.name} is not for task {self.task}")
+        if is_segmentation != (self.loss.name == "dice"):
+            raise ValueError(f"loss {self.loss.name} is not for task {self.task}")
+        if is_segmentation and getattr(self.preconditioner, "fisher", "empirical") != "empirical":
+            raise ValueError("fisher: empirical is the only one for task segmentation")
+        return self

@@ -4,62 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hpcsngd.errors import RunDirError
-from hpcsngd.rundir import RunDir, Status, write_yaml
+from hpcsngd.rundir import Status, write_yaml
 from hpcsngd_analysis.load import load
-from tests.analysis.runs import make_run
-
-DAY = "2026-01-05T10:"
-
-
-def at(minutes: float) -> str:
-    """Returns a time after ten o'clock."""
-    whole, rest = divmod(minutes * 60, 60)
-    return f"{DAY}{int(whole):02d}:{rest:06.3f}+00:00"
-
-
-def row(attempt: int, step: int, train_s: float, wall_s: float, begun: float, **more: Any) -> dict[str, Any]:
-    """Returns a row of a worker that began so many minutes after ten."""
-    utc = at(begun + wall_s / 60)
-    return {"attempt": attempt, "step": step, "train_s": train_s, "wall_s": wall_s, "utc": utc, **more}
-
-
-def resumed(root: Path) -> RunDir:
-    """Two attempts: 90 s of training, of which 30 are done again, and 60 more; an evaluation of 5 s each."""
-    first, second = 2.5, 11.0  # when the workers began
-    run = make_run(
-        root,
-        status=Status("completed", "", 2, at(14.0)),
-        tables={
-            "train": [
-                row(1, 10, 30, 40, first),
-                row(1, 20, 60, 75, first),
-                row(1, 30, 90, 105, first),
-                row(2, 30, 88, 38, second),
-                row(2, 40, 120, 70, second),
-            ],
-            "eval": [
-                row(1, 20, 60, 74, first, eval_s=5.0, split="test"),
-                row(2, 40, 120, 75, second, eval_s=5.0, split="test"),
-            ],
-        },
-    )
-    for number, (submitted, start) in enumerate(((0.0, 2.0), (None, 10.0)), 1):
-        attempt = run.attempt(number)
-        if submitted is not None:
-            write_yaml(attempt.submitted_yaml, {"scheduler": "slurm", "job_id": "7", "utc": at(submitted)})
-        facts = {"nodes": 3, "world_size": 12, "start": at(start), "hardware": {"cpu": "POWER9"}}
-        write_yaml(attempt.attempt_yaml, facts)
-    write_yaml(run.attempt(1).ended_yaml, {"state": "preempted", "reason": "", "utc": at(5.0)})
-    return run
+from tests.analysis.runs import at, clocked, make_run, resumed_run
 
 
 def test_the_time_of_each_attempt_is_told_apart(tmp_path: Path) -> None:
-    resumed(tmp_path)
+    resumed_run(tmp_path)
     runs = load([tmp_path])
     first, second = (row for _, row in runs.attempts.iterrows())
     assert (first["job_id"], first["state"], first["nodes"], first["world_size"]) == ("7", "preempted", 3, 12)
@@ -89,7 +44,7 @@ def test_the_time_of_each_attempt_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_no_file_says_is_nan(tmp_path: Path) -> None:
-    run = make_run(tmp_path, tables={"train": [row(1, 10, 30, 40, 0.0)]})
+    run = make_run(tmp_path, tables={"train": [clocked(1, 10, 30, 40, 0.0)]})
     run.attempt(1).path.mkdir(parents=True)
     (found,) = (row for _, row in load([tmp_path]).attempts.iterrows())
     assert found["trained_s"] == 30

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import gzip
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,46 +8,17 @@ from torch import Tensor
 
 from hpcsngd.config import experiment as schema
 from hpcsngd.config.catalogue import DATASETS as CATALOGUE
-from hpcsngd.config.catalogue import DatasetFacts
-from hpcsngd.train import data, vision
-from hpcsngd.train.faults import MissingDataError, SettingError
+from hpcsngd.train import data, tinydata
+from hpcsngd.train.faults import SettingError
 from hpcsngd.train.sampler import EvaluationSampler
-
-PIXELS = (torch.arange(6 * 28 * 28) % 251).to(torch.uint8).reshape(6, 28, 28)
-LABELS = torch.tensor([3, 1, 4, 1, 5, 9], dtype=torch.uint8)
 
 
 def config(name: str = "digits", **fields: Any) -> schema.Data:
     return schema.Data.model_validate({"name": name, **fields})
 
 
-def idx(values: Tensor) -> bytes:
-    """Returns a tensor in the idx format."""
-    head = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
-    return head + values.numpy().tobytes()
-
-
-def write_fashion(folder: Path, *, gzipped: bool, samples: int = 6) -> None:
-    folder.mkdir(parents=True)
-    for split, count in (("train", samples), ("t10k", 2)):
-        for kind, values in (("images-idx3", PIXELS[:count]), ("labels-idx1", LABELS[:count])):
-            content = idx(values)
-            name = f"{split}-{kind}-ubyte"
-            if gzipped:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-            else:
-                (folder / name).write_bytes(content)
-
-
-@pytest.fixture
-def no_system_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hides a data set that the machine's package manager may have installed."""
-    facts = DatasetFacts(**{**vars(CATALOGUE["fashion-mnist"]), "system_paths": ()})
-    monkeypatch.setitem(data.CATALOGUE, "fashion-mnist", facts)
-
-
 def test_the_catalogue_and_the_loaders_have_the_same_names() -> None:
-    assert data.DATASETS.keys() == CATALOGUE.keys()
+    assert data.DATASETS.keys() == CATALOGUE.keys() == tinydata.WRITERS.keys()
 
 
 def test_digits_are_split_by_class_and_standardized() -> None:
@@ -149,89 +118,6 @@ class TestFolds:
     def test_folds_count_from_zero(self) -> None:
         with pytest.raises(ValueError, match="folds are counted from 0 to 4"):
             config(folds={"count": 5, "index": 5})
-
-
-@pytest.mark.usefixtures("no_system_data")
-@pytest.mark.parametrize("gzipped", [False, True])
-@pytest.mark.parametrize("place", ["FashionMNIST/raw", "fashion-mnist", "."])
-def test_fashion_mnist_is_found_in_each_place(tmp_path: Path, place: str, gzipped: bool) -> None:
-    write_fashion(tmp_path / "root" / place if place != "." else tmp_path / "root", gzipped=gzipped)
-    splits = data.load(config("fashion-mnist"), str(tmp_path / "root"))
-    assert (len(splits.train), len(splits.test), splits.num_classes) == (6, 2, 10)
-    assert (splits.train.channels, splits.train.size) == (1, 28)
-    images, labels = splits.train[[5, 0]]
-    assert labels.tolist() == [9, 3]
-    assert torch.allclose(images[0, 0], (PIXELS[5] / 255 - 0.2862) / 0.3529)
-
-
-@pytest.mark.usefixtures("no_system_data")
-def test_the_experiments_root_wins_over_the_sites(tmp_path: Path) -> None:
-    write_fashion(tmp_path / "own", gzipped=True, samples=3)
-    write_fashion(tmp_path / "site", gzipped=True)
-    splits = data.load(config("fashion-mnist", root=str(tmp_path / "own")), str(tmp_path / "site"))
-    assert len(splits.train) == 3
-
-
-def test_the_system_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_fashion(tmp_path / "system", gzipped=True)
-    place = str(tmp_path / "system" / "train-images-idx3-ubyte.gz")
-    facts = DatasetFacts(**{**vars(CATALOGUE["fashion-mnist"]), "system_paths": (place,)})
-    monkeypatch.setitem(data.CATALOGUE, "fashion-mnist", facts)
-    assert len(data.load(config("fashion-mnist"), None).train) == 6
-
-
-@pytest.mark.usefixtures("no_system_data")
-def test_missing_data_name_the_root_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(MissingDataError) as caught:
-        data.load(config("fashion-mnist"), str(tmp_path))
-    assert str(tmp_path) in str(caught.value)
-    assert "dataset-fashion-mnist" in str(caught.value)
-    assert "data.download=true" in str(caught.value)
-
-
-@pytest.mark.usefixtures("no_system_data")
-def test_a_download_goes_to_torchvisions_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(root: str, download: bool) -> None:
-        assert download
-        write_fashion(Path(root) / "FashionMNIST" / "raw", gzipped=False)
-
-    monkeypatch.setattr(vision.load().datasets, "FashionMNIST", fetch)
-    assert len(data.load(config("fashion-mnist", download=True), str(tmp_path)).train) == 6
-
-
-@pytest.mark.usefixtures("no_system_data")
-def test_a_failed_download_is_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(root: str, download: bool) -> None:
-        raise OSError("no route")
-
-    monkeypatch.setattr(vision.load().datasets, "FashionMNIST", fetch)
-    with pytest.raises(MissingDataError, match=r"cannot download fashion-mnist .* no route"):
-        data.load(config("fashion-mnist", download=True), str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (idx(PIXELS)[:-1], "4703 values where its head announces"),
-        (
-            b"\x00\x00\x0d\x01\x00\x00\x00\x00",
-            "is not an idx file of unsigned bytes: it begins with 00000d01",
-        ),
-        (b"", "is not an idx file"),
-    ],
-)
-def test_damaged_files_are_refused(tmp_path: Path, content: bytes, problem: str) -> None:
-    file = tmp_path / "images"
-    file.write_bytes(content)
-    with pytest.raises(MissingDataError, match=problem):
-        data.read_idx(file)
-
-
-def test_a_cut_off_gzip_file_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "images.gz"
-    file.write_bytes(gzip.compress(idx(PIXELS))[:-20])
-    with pytest.raises(MissingDataError, match="cannot read"):
-        data.read_idx(file)
 
 
 @pytest.mark.slow
