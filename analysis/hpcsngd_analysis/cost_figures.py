@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from hpcsngd_analysis.drawing import BYTE_UNITS, SHORT_TIME_UNITS, unit
+from hpcsngd_analysis.drawing import BYTE_UNITS, SHORT_TIME_UNITS, axis, layout, plain, style, unit
 from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs
+from hpcsngd_analysis.scaling import efficiency
 from hpcsngd_analysis.series import stacked
 
 # In the order of a step, from the bottom of the bar.
 PHASES = (
     "data",
-    "forward",
-    "backward",
+    "forward and backward",
     "capture",
     "gather",
     "reduce",
@@ -32,7 +31,7 @@ PHASES = (
     "update",
 )
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "training": ("data", "forward", "backward", "update"),
+    "training": ("data", "forward and backward", "update"),
     "compute factors": ("capture", "factorise", "compress", "products"),
     "communicate factors": ("gather", "reduce"),
     "compute inverses": ("invert", "project"),
@@ -43,7 +42,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """Phases as the K-FAC papers sum them; HyLo's communication is the gather and the broadcast (figure 3)."""
 
 COMMUNICATION = ("gather", "reduce", "broadcast")
-TRAINING = ("data", "forward", "backward", "update")
+TRAINING = KINDS["training"]
 
 
 def phase_seconds(
@@ -60,7 +59,8 @@ def phase_seconds(
         refreshes_only: count steps that recomputed curvature, where a group has any; else the other steps.
 
     Returns:
-        Index: phases in the order of a step, unknown ones last; one column per group that has rows; a phase
+        Index: phases in the order of a step, unknown ones last. The hooks' ``capture`` lies within forward and
+        backward, which are one phase here, without it, so that all phases are disjoint. One column per group that has rows; a phase
         that a group does not have is NaN.
     """
     columns = {}
@@ -70,10 +70,16 @@ def phase_seconds(
         if refreshes_only and chosen.empty:
             chosen = rows  # a method without curvature has no refresh: all its steps are alike
         if len(chosen):
-            columns[group.name] = chosen.groupby("phase")["seconds"].median()
+            columns[group.name] = _disjoint(chosen.groupby("phase")["seconds"].median())
     found = pd.DataFrame(columns)
     order = {phase: place for place, phase in enumerate(PHASES)}
     return found.loc[sorted(found.index, key=lambda phase: (order.get(phase, len(order)), phase))]
+
+
+def _disjoint(seconds: pd.Series) -> pd.Series:
+    passes = seconds.reindex(["forward", "backward"]).sum() - seconds.get("capture", 0.0)
+    rest = seconds.drop(index=["forward", "backward"], errors="ignore")
+    return pd.concat([pd.Series({"forward and backward": max(passes, 0.0)}), rest])
 
 
 def by_kind(seconds: pd.DataFrame) -> pd.DataFrame:
@@ -160,14 +166,81 @@ def bytes_figure(found: pd.DataFrame, what: str = "") -> go.Figure:
     return stacked(found / size, f"{word}{what}")
 
 
-def rank_seconds(profiling: pd.DataFrame) -> pd.DataFrame:
-    """Returns how long each rank worked in a step, without the phases in which it waits for others.
+def clock_figure(seconds: pd.DataFrame) -> go.Figure:
+    """Returns stacked bars of clocks, in the unit that suits the longest bar; a clock not known is left out."""
+    word, size = unit(float(seconds.sum().max()) if seconds.size else 0.0)
+    return stacked(seconds / size, word, list(seconds.index))
+
+
+def step_times(train: pd.DataFrame) -> pd.Series:
+    """Returns the training time of one step of each run (s), between its first and its last row."""
+    ends = train.groupby("run", sort=False)[["step", "train_s"]].agg(["first", "last"])
+    steps = ends["step"]["last"] - ends["step"]["first"]
+    seconds = ends["train_s"]["last"] - ends["train_s"]["first"]
+    return (seconds / steps.where(steps > 0)).dropna()
+
+
+def scaling_rows(
+    runs: Runs, families: Callable[[Sequence[str]], Sequence[Group]]
+) -> pd.DataFrame:
+    """Returns strong and weak scaling of every family that has several numbers of ranks.
+
+    Args:
+        runs: with the table ``train``.
+        families: groups runs by their settings but some, see `groups.groups`.
 
     Returns:
-        Columns ``run``, ``rank``, ``seconds``: the median over steps of the sum over the phases `PHASES` that
-        are not collectives. DistributedDataParallel's exchange is inside ``backward`` and cannot be told apart.
+        Columns ``family``, ``kind`` (strong or weak) and those of `scaling.efficiency`.
     """
-    own = profiling[~profiling["phase"].isin(COMMUNICATION)]
-    steps = own.groupby(["run", "rank", "step"], sort=False)["seconds"].sum()
-    found = steps.groupby(["run", "rank"], sort=False).median().reset_index()
-    return found.astype({"seconds": np.float64})
+    seconds = step_times(runs.tables["train"])
+    ranks = {run.name: run.world_size for run in runs.records}
+    batch = {run.name: run.config["experiment"].get("batch_size") for run in runs.records}
+    strong = [
+        (group.name, f"global batch {size}", names)
+        for group in families(("ranks", "batch_size"))
+        for size, names in _by(group.runs, lambda name: (batch[name] or 0) * (ranks[name] or 0)).items()
+        if size
+    ]
+    weak = [(group.name, "", list(group.runs)) for group in families(("ranks",))]
+    parts = []
+    for kind, found in (("strong", strong), ("weak", weak)):
+        for name, more, members in found:
+            times = seconds[seconds.index.isin(members)]
+            by_ranks = times.groupby([ranks[str(run)] for run in times.index]).median()
+            if len(by_ranks) > 1:
+                shares = efficiency(by_ranks, is_weak=kind == "weak").reset_index()
+                parts.append(shares.assign(family=", ".join(filter(None, (name, more))), kind=kind))
+    columns = ["family", "kind", "ranks", "seconds", "speedup", "efficiency"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _by(names: Sequence[str], key: Callable[[str], int]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in names:
+        found.setdefault(key(name), []).append(name)
+    return found
+
+
+def scaling_figure(found: pd.DataFrame) -> go.Figure:
+    """Returns efficiency against ranks, a line per family; the dashed line is perfect."""
+    drawing = go.Figure(
+        layout=layout(
+            axis("ranks", type="log", tickvals=sorted(found["ranks"].unique())),
+            axis("efficiency", tickformat=".0%", rangemode="tozero"),
+        )
+    )
+    for place, (name, rows) in enumerate(found.groupby("family", sort=False)):
+        look = style(place)
+        drawing.add_trace(
+            go.Scatter(
+                x=rows["ranks"].to_numpy(float),
+                y=rows["efficiency"].to_numpy(float),
+                name=plain(name),
+                mode="lines+markers",
+                line={"color": look.color, "width": 2},
+                marker={"symbol": look.symbol, "size": 8},
+                hovertemplate="<b>%{fullData.name}</b><br>%{x} ranks: %{y:.1%}<extra></extra>",
+            )
+        )
+    drawing.add_hline(y=1, name="perfect", line={"color": "#555", "dash": "dash", "width": 1})
+    return drawing

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from hpcsngd_analysis.critical import periods
 from hpcsngd_analysis.drawing import Floats, axis, color, decades, empty, layout, plain
 from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.series import Box, box, boxes
@@ -56,20 +57,17 @@ def critical_epochs(switches: pd.DataFrame) -> list[tuple[float, float]]:
     """Returns the epochs that one hybrid run took for critical: from, to.
 
     Args:
-        switches: rows of one run, ordered by step; the last period is open and ends one epoch after its
-            last decision.
+        switches: rows of one run, ordered by step; the last period ends one epoch after its last decision.
     """
-    found: list[tuple[float, float]] = []
-    epochs = switches["epoch"].to_numpy(float)
-    ends = np.r_[epochs[1:], epochs[-1:] + 1]
-    for method, begin, end in zip(switches["method"], epochs, ends, strict=True):
-        if method != "kid":
-            continue
-        if found and found[-1][1] == begin:
-            found[-1] = (found[-1][0], float(end))
-        else:
-            found.append((float(begin), float(end)))
-    return found
+    epochs = [int(epoch) for epoch in switches["epoch"]]
+    ends = [*epochs[1:], epochs[-1] + 1]
+    critical = [
+        epoch
+        for method, begin, end in zip(switches["method"], epochs, ends, strict=True)
+        if method == "kid"
+        for epoch in range(begin, end)
+    ]
+    return [(float(first), float(end)) for first, end in periods(critical)]
 
 
 def norm_figure(

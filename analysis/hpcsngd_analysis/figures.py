@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from hpcsngd_analysis import clocks
 from hpcsngd_analysis.drawing import (
     TIME_UNITS,
     Floats,
@@ -28,10 +29,11 @@ from hpcsngd_analysis.drawing import (
 )
 from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs
+from hpcsngd_analysis.resampling import bootstrap_band
 from hpcsngd_analysis.thin import POINTS, kept_points
 
 Metric = Literal["accuracy", "loss"]
-Clock = Literal["epoch", "samples", "train_s"]
+Clock = Literal["epoch", "samples", "train_s", "charged_s"]
 
 MANY = 8
 """With more runs than this the training curves start hidden, because they would cover the test curves."""
@@ -40,10 +42,11 @@ BAND_POINTS = 200
 """A mean over runs is drawn at no more clock readings than this."""
 
 _DASHES = {"train": "dot", "test": "solid", "validation": "dash"}
-_CLOCKS: dict[Clock, tuple[str, str]] = {
-    "epoch": ("epoch", "epoch %{x:.4~g}"),
-    "samples": ("samples", "%{x:.4~s} samples"),
-    "train_s": ("charged time", "{title}: %{{x:.4~g}}"),
+_CLOCKS: dict[Clock, str] = {
+    "epoch": "epoch",
+    "samples": "samples",
+    "train_s": "training time",
+    "charged_s": "charged time",
 }
 
 
@@ -107,20 +110,22 @@ def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Cu
     Args:
         runs: with the tables ``train`` and ``eval``.
         metric: ``accuracy`` as a share, or ``loss``.
-        clock: ``epoch``; ``samples``: training samples used; or ``train_s``: the time charged, which is
-            training without evaluation, checkpoints, queueing and work done twice, shown in seconds, minutes
-            or hours, whichever suits the longest run.
+        clock: ``epoch``; ``samples``: training samples used; ``train_s``: training alone, without evaluation,
+            checkpoints, queueing and work done twice; or ``charged_s``: what the site charges to all attempts
+            so far, without queueing. Times are shown in seconds, minutes or hours, whichever suits the longest
+            run. Rows whose clock nobody knows are left out.
         points: a longer curve is thinned to at most this many points.
 
     Returns:
         One curve per run and split that has rows. The loss gets a logarithmic axis where all values drawn are
         positive and span a factor above 50, so that one diverging run does not flatten the others.
     """
-    x_title, divisor = _clock_axis(runs, clock)
+    tables = list(clocked(runs))
+    x_title, divisor = _clock_axis(tables, clock)
     lines = [
         _line(run, split, rows, metric, clock, divisor, points)
-        for table in _tables(runs)
-        for (run, split), rows in table.groupby(["run", "split"], sort=False)
+        for table in tables
+        for (run, split), rows in table[table[clock].notna()].groupby(["run", "split"], sort=False)
     ]
     order = {run.name: position for position, run in enumerate(runs.records)}
     lines.sort(key=lambda line: (line.split != "train", order[line.run]))
@@ -128,11 +133,12 @@ def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Cu
     return Curves(metric, clock, x_title, f"{metric}{' (log scale)' if span else ''}", span, tuple(lines))
 
 
-def _tables(runs: Runs) -> Iterator[pd.DataFrame]:
-    """Yields training and evaluation rows with the columns ``split`` and ``samples``."""
+def clocked(runs: Runs) -> Iterator[pd.DataFrame]:
+    """Yields training and evaluation rows with ``split`` and all clocks: ``samples`` and ``charged_s`` too."""
     train, evaluation = runs.tables["train"], runs.tables["eval"]
-    yield train.assign(split="train")
-    yield evaluation.assign(samples=samples_at(train, evaluation))
+    with_samples = evaluation.assign(samples=samples_at(train, evaluation))
+    for table in (train.assign(split="train"), with_samples):
+        yield table.assign(charged_s=clocks.charged_time(runs, table))
 
 
 def samples_at(train: pd.DataFrame, evaluation: pd.DataFrame) -> pd.Series:
@@ -153,17 +159,12 @@ def samples_at(train: pd.DataFrame, evaluation: pd.DataFrame) -> pd.Series:
     return found
 
 
-def _clock_axis(runs: Runs, clock: Clock) -> tuple[str, float]:
-    name = _CLOCKS[clock][0]
-    if clock != "train_s":
-        return name, 1.0
-    longest = max((float(table["train_s"].max()) for table in runs.tables.values() if _has(table)), default=0)
+def _clock_axis(tables: Sequence[pd.DataFrame], clock: Clock) -> tuple[str, float]:
+    if clock not in ("train_s", "charged_s"):
+        return _CLOCKS[clock], 1.0
+    longest = max((float(table[clock].max()) for table in tables if table[clock].notna().any()), default=0.0)
     word, size = unit(longest, TIME_UNITS)
-    return f"{name} ({word})", size
-
-
-def _has(table: pd.DataFrame) -> bool:
-    return len(table) > 0 and {"train_s", "loss"} <= set(table.columns)
+    return f"{_CLOCKS[clock]} ({word})", size
 
 
 def _span(values: Sequence[Floats]) -> float:
@@ -217,8 +218,7 @@ def _trace(line: Curve, position: int, data: Curves, *, is_crowded: bool) -> go.
 
 
 def _hover(metric: Metric, clock: Clock, x_title: str) -> str:
-    x = _CLOCKS[clock][1]
-    x = x.format(title=x_title) if clock == "train_s" else x
+    x = {"epoch": "epoch %{x:.4~g}", "samples": "%{x:.4~s} samples"}.get(clock, f"{x_title}: %{{x:.4~g}}")
     y = "accuracy %{y:.2%}" if metric == "accuracy" else "loss %{y:.4~g}"
     return f"<b>%{{fullData.name}}</b><br>{y}<br>{x}<extra></extra>"
 
@@ -257,16 +257,18 @@ def bands(
     Returns:
         One band per group that has rows, in the order of the groups.
     """
-    table = pd.concat([table for table in _tables(runs) if len(table)] or [pd.DataFrame({"split": []})])
-    table = table[table["split"] == split]
-    by_run = {str(run): rows for run, rows in table.groupby("run", sort=False)} if len(table) else {}
+    by_run = {
+        str(run): rows
+        for table in clocked(runs)
+        for run, rows in table[(table["split"] == split) & table[clock].notna()].groupby("run", sort=False)
+    }
     found = []
     for group in groups:
         members = [by_run[run] for run in group.runs if run in by_run]
         if members:
             x, values = _common([(each[clock].to_numpy(float), each[metric].to_numpy(float)) for each in members])
-            low, high = bootstrap_mean(values, generator)
-            found.append(Band(group.name, split, x, values.mean(axis=0), low, high, len(members)))
+            mean, low, high = bootstrap_band(values, generator=generator)
+            found.append(Band(group.name, split, x, mean, low, high, len(members)))
     return found
 
 
@@ -281,28 +283,6 @@ def _common(curves: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
     return grid, np.array([np.interp(grid, x, y) for x, y in curves])
 
 
-def bootstrap_mean(
-    values: Floats, generator: np.random.Generator, *, confidence: float = 0.95, resamples: int = 1000
-) -> tuple[Floats, Floats]:
-    """Returns the percentile bootstrap interval of the mean over runs (Efron, 1979), at each point.
-
-    Args:
-        values: shape (runs, points).
-        generator: draws the resamples, the same for all points, so that an interval is one of whole curves.
-        confidence: between 0 and 1.
-        resamples: how many.
-
-    Returns:
-        Lower and upper ends, shape (points,); NaN where there are fewer than two runs.
-    """
-    runs, points = values.shape
-    if runs < 2:
-        return np.full(points, np.nan), np.full(points, np.nan)
-    weights = generator.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
-    ends = np.quantile(weights @ values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return ends[0], ends[1]
-
-
 def band_figure(found: Sequence[Band], metric: Metric, clock: Clock) -> go.Figure:
     """Returns the drawing of `bands`: a line per group, and its interval as an area of the same color.
 
@@ -310,9 +290,7 @@ def band_figure(found: Sequence[Band], metric: Metric, clock: Clock) -> go.Figur
     """
     if not found:
         return empty()
-    longest = max(float(band.x.max(initial=0.0)) for band in found)
-    word, size = unit(longest, TIME_UNITS) if clock == "train_s" else ("", 1.0)
-    title = f"{_CLOCKS[clock][0]} ({word})" if word else _CLOCKS[clock][0]
+    title, size = _clock_axis([pd.DataFrame({clock: band.x}) for band in found], clock)
     span = _span([band.mean for band in found]) if metric == "loss" else 0.0
     data = Curves(metric, clock, title, f"mean {metric}{' (log scale)' if span else ''}", span, ())
     drawing = go.Figure(layout=_layout(data))

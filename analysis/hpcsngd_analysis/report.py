@@ -43,7 +43,7 @@ _COLUMNS = (
     Column("final_accuracy", "final test accuracy", "share"),
     Column("best_accuracy", "best test accuracy", "share"),
     Column("final_loss", "final test loss", "number"),
-    Column("train_s", "charged time", "seconds"),
+    Column("train_s", "training time", "seconds"),
     Column("wall_s", "wall time", "seconds"),
     Column("world_size", "ranks", "whole"),
     Column("seed", "seed", "whole"),
@@ -51,7 +51,7 @@ _COLUMNS = (
     Column("dropped_rows", "dropped rows", "whole"),
 )
 _RUNS_NOTE = (
-    "Charged time leaves out evaluation, checkpoints, queueing and work done twice after a resume. Wall time is what the "
+    "Training time leaves out evaluation, checkpoints, queueing and work done twice after a resume. Wall time is what the "
     "workers of all attempts ran, up to the last row of each. The best accuracy is chosen with the test labels, so it "
     "flatters: compare methods by the final one, which is the last so far. Dropped rows were written again by a later "
     "attempt. – means that nothing was measured."

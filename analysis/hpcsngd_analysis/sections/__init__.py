@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpcsngd_analysis.panels import Section
-from hpcsngd_analysis.sections import cost, curvature, model, progress
+from hpcsngd_analysis.sections import comparison, cost, curvature, model, progress
 from hpcsngd_analysis.sections.context import Context
 
 
@@ -28,8 +28,16 @@ class Builder:
 BUILDERS: tuple[Builder, ...] = (
     Builder("curves", "Curves", progress.curves, ("train", "eval"), "training"),
     Builder("means", "Means over seeds", progress.means, ("train", "eval"), "two runs that differ in seed"),
+    Builder("target", "Time to target", comparison.target, ("eval",), "--target ACCURACY"),
+    Builder(
+        "profiles", "Performance profiles", comparison.profiles, ("eval",), "--target ACCURACY, two methods on the same seeds",
+    ),
+    Builder("verdicts", "Against a baseline", comparison.verdicts, ("eval",), "--baseline EXP"),
+    Builder("clocks", "Where time went", cost.clocks, ("train", "eval"), "attempts that have started"),
     Builder("phases", "Phases of a step", cost.phases, ("profiling",), "--profiling"),
     Builder("ranks", "Timing against ranks", cost.ranks, ("profiling",), "--profiling on 1, 2, 4 ... ranks"),
+    Builder("scaling", "Scaling", cost.scaling, ("train",), "runs on 1, 2, 4 ... ranks"),
+    Builder("stragglers", "Stragglers", cost.stragglers, ("profiling",), "--profiling on several ranks"),
     Builder("bytes", "Bytes and memory", cost.sizes, ("communication", "memory"), "--profiling"),
     Builder("low-rank", "Matrix rank", curvature.low_rank, ("rank_analysis", "kept"), "--rank-analysis"),
     Builder(

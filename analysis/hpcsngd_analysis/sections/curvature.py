@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
+from hpcsngd_analysis import critical, series
 from hpcsngd_analysis import curvature_figures as figures
-from hpcsngd_analysis import series
 from hpcsngd_analysis.panels import Panel, Section
 from hpcsngd_analysis.sections.context import Context, drawn_note
 
@@ -49,18 +50,25 @@ def gradient_norm(context: Context) -> Section | None:
         own = switches[switches["run"] == run]
         drawing = figures.norm_figure(
             table[table["run"] == run],
-            figures.critical_epochs(own) if len(own) else [],
+            figures.critical_epochs(own) if len(own) else _by_norm(table[table["run"] == run]),
             figures.lr_drops(train[train["run"] == run]),
         )
         panels.append(Panel(f"gradient-norm-{place}", f"Layers of {run}", drawing))
     left = len(shown) - NORMS
     note = (
         "Norms are taken before preconditioning. Shaded: epochs in which the hybrid took training for critical and used "
-        "KID; dashed: the learning rate fell to half or less at once (HyLo, figure 11). "
+        f"KID; of other runs those in which the norm changes by {critical.ETA:.0%} or more from the epoch before (the rule "
+        "of Accordion, Agarwal et al., 2021); dashed: the learning rate fell to half or less at once (HyLo, figure 11). "
         + (f"Layers of {left} more runs are not drawn. " if left > 0 else "")
         + drawn_note(context)
     ).strip()
     return Section("gradient-norm", "Gradient norm and critical periods", panels=tuple(panels), note=note)
+
+
+def _by_norm(grad_norm: pd.DataFrame) -> list[tuple[float, float]]:
+    found = critical.critical_epochs(grad_norm)
+    epochs = sorted(int(epoch) for epoch in found["epoch"][found["is_critical"]])
+    return [(float(first), float(end)) for first, end in critical.periods(epochs)]
 
 
 def gradient_error(context: Context) -> Section | None:

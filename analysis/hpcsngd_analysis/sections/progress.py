@@ -10,11 +10,12 @@ METRICS: tuple[figures.Metric, ...] = ("accuracy", "loss")
 CLOCKS: tuple[tuple[figures.Clock, str], ...] = (
     ("epoch", "epoch"),
     ("samples", "samples"),
-    ("train_s", "charged time"),
+    ("train_s", "training time"),
+    ("charged_s", "charged time"),
 )
-CHARGED = (
-    "Charged time is training alone: without evaluation, checkpoints, queueing, start-up and work done twice. "
-    "Those have clocks of their own."
+TIMES = (
+    "Training time is training alone, over all attempts: without evaluation, checkpoints, queueing, start-up and work "
+    "done twice. Charged time is what the site charges: all of that but the queue."
 )
 
 
@@ -27,7 +28,7 @@ def curves(context: Context) -> Section | None:
         for clock, word in CLOCKS:
             drawing = figures.figure(figures.curves(context.runs, metric, clock), context.runs)
             panels.append(Panel(f"{metric}-{clock}", f"{metric.capitalize()} against {word}", drawing))
-    note = f"Training values are means since the row before, over all ranks. {CHARGED} {POINTS_NOTE}"
+    note = f"Training values are means since the row before, over all ranks. {TIMES} {POINTS_NOTE}"
     return Section("curves", "Curves", panels=tuple(panels), note=note)
 
 
@@ -57,6 +58,6 @@ def _note(context: Context) -> str:
     )
     many = " With so many runs, groups are drawn instead of runs." if context.is_crowded else ""
     return (
-        "Lines are means over the runs of a setting that differ in seed, areas 95 % percentile bootstrap intervals "
-        f"of the mean (1,000 resamples of whole curves), as far as the shortest run went. {few}{many}"
+        "Lines are means over the runs of a setting that differ in seed, areas 95 % bootstrap intervals "
+        f"of the mean, of whole curves, with expanded percentiles (Hesterberg, 2015), as far as the shortest run went. {few}{many}"
     ).strip()
