@@ -13,13 +13,13 @@ import plotly.graph_objects as go
 from hpcsngd_analysis.compare import Verdict
 from hpcsngd_analysis.drawing import Floats, axis, empty, layout, plain, style, unit, wrapped
 from hpcsngd_analysis.groups import Group
-from hpcsngd_analysis.load import Run, Runs
+from hpcsngd_analysis.load import NO_STATUS, Run, Runs
 from hpcsngd_analysis.profiles import LARGEST_RATIO, Profile
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """When a group's runs reached the target: a step curve that knows of runs that were not watched to the end.
+    """When a group's runs reached the target: a step curve that knows of runs not watched to the end.
 
     Attributes:
         group: name.
@@ -41,7 +41,7 @@ def arrivals(reached: pd.DataFrame, group: Group) -> Arrivals:
 
     Args:
         reached: of `stats.time_to_target`.
-        group: its runs; those without an evaluation do not count.
+        group: its runs.
     """
     own = reached[reached.index.isin(group.runs)]
     seconds, arrived = own["train_s"].to_numpy(float), own["reached"].to_numpy(bool)
@@ -56,9 +56,9 @@ def arrivals(reached: pd.DataFrame, group: Group) -> Arrivals:
 
 def arrivals_figure(found: Sequence[Arrivals]) -> go.Figure:
     """Returns the drawing of `arrivals`: steps, and a cross at the end of each run that did not arrive."""
-    ends = [max([*each.time, *each.censored]) for each in found]
     if not found:
         return empty()
+    ends = [max([*each.time, *each.censored]) for each in found]
     word, size = unit(max(ends))
     drawing = go.Figure(
         layout=layout(
@@ -88,7 +88,12 @@ def arrivals_figure(found: Sequence[Arrivals]) -> go.Figure:
                     y=each.share[places],
                     name=f"{plain(each.group)}, ended without",
                     mode="markers",
-                    marker={"symbol": "cross-thin-open", "size": 10, "color": look.color, "line": {"width": 2}},
+                    marker={
+                        "symbol": "cross-thin-open",
+                        "size": 10,
+                        "color": look.color,
+                        "line": {"width": 2},
+                    },
                     meta=meta,
                 )
             )
@@ -98,14 +103,12 @@ def arrivals_figure(found: Sequence[Arrivals]) -> go.Figure:
 def target_rows(reached: pd.DataFrame, groups: Sequence[Group]) -> list[dict[str, object]]:
     """Returns, for each group, how many runs reached the target and the median of when.
 
-    A run that did not counts as infinitely late, as AlgoPerf counts it, so that it moves the median instead of
-    leaving it: with half of the runs or more missing there is none.
+    A run that did not counts as infinitely late, as AlgoPerf counts it, so that it moves the median
+    instead of leaving it: with half of the runs or more missing there is none.
     """
     rows = []
     for group in groups:
         own = reached[reached.index.isin(group.runs)]
-        if own.empty:
-            continue
         late = {name: own[name].where(own["reached"], math.inf).median() for name in ("epochs", "train_s")}
         rows.append(
             {
@@ -133,7 +136,7 @@ def problem_times(runs: Runs, groups: Sequence[Group], reached: pd.DataFrame) ->
     Args:
         runs: for what each run solved.
         groups: methods, where all runs solve one problem.
-        reached: of `stats.time_to_target`; runs without a row there do not count.
+        reached: of `stats.time_to_target`, a row for every run. A run that may still arrive does not count.
 
     Returns:
         One row per problem, one column per method; infinity where the target was not reached, NaN where the
@@ -149,7 +152,7 @@ def problem_times(runs: Runs, groups: Sequence[Group], reached: pd.DataFrame) ->
             float(reached["train_s"][run.name]) if reached["reached"][run.name] else math.inf,
         )
         for run in runs.records
-        if run.name in reached.index
+        if reached["reached"][run.name] or run.state not in (NO_STATUS, "cancelled")
     ]
     table = pd.DataFrame(rows, columns=["problem", "method", "time"])
     wide = table.pivot_table(index="problem", columns="method", values="time", aggfunc="median", sort=False)

@@ -59,9 +59,9 @@ def phase_seconds(
         refreshes_only: count steps that recomputed curvature, where a group has any; else the other steps.
 
     Returns:
-        Index: phases in the order of a step, unknown ones last. The hooks' ``capture`` lies within forward and
-        backward, which are one phase here, without it, so that all phases are disjoint. One column per group that has rows; a phase
-        that a group does not have is NaN.
+        Index: phases in the order of a step, unknown ones last. The hooks' ``capture`` lies within forward
+        and backward, which are one phase here, without it, so that all phases are disjoint. One column per
+        group that has rows; a phase that a group does not have is NaN.
     """
     columns = {}
     for group in groups:
@@ -100,8 +100,10 @@ def time_figure(seconds: pd.DataFrame) -> go.Figure:
     return stacked(seconds / size, f"{word} per step", order)
 
 
-def computation_and_communication(profiling: pd.DataFrame, runs: Runs, groups: Sequence[Group]) -> pd.DataFrame:
-    """Returns, for each family of runs and number of ranks, the preconditioner's time in a refresh (HyLo, figure 3).
+def computation_and_communication(
+    profiling: pd.DataFrame, runs: Runs, groups: Sequence[Group]
+) -> pd.DataFrame:
+    """Returns the preconditioner's time in a refresh by family of runs and number of ranks (HyLo, figure 3).
 
     Args:
         profiling: the table.
@@ -112,10 +114,10 @@ def computation_and_communication(profiling: pd.DataFrame, runs: Runs, groups: S
         Columns ``family``, ``ranks``, ``computation`` and ``communication`` (s): sums of the medians of the
         phases; ordered by family and ranks.
     """
-    ranks = runs.runs.set_index("run")["world_size"]
+    ranks = {run.name: run.world_size for run in runs.records}
     rows = []
     for group in groups:
-        for size in sorted({int(ranks[run]) for run in group.runs if pd.notna(ranks[run])}):
+        for size in sorted({known for run in group.runs if (known := ranks[run]) is not None}):
             part = Group(group.name, tuple(run for run in group.runs if ranks[run] == size))
             seconds = phase_seconds(profiling, [part])
             own = seconds.drop(index=[*TRAINING, "observe"], errors="ignore")
@@ -128,7 +130,10 @@ def computation_and_communication(profiling: pd.DataFrame, runs: Runs, groups: S
 def ranks_figure(found: pd.DataFrame) -> go.Figure:
     """Returns the drawing of `computation_and_communication`: a bar per family and number of ranks."""
     bars = found[["computation", "communication"]].T
-    bars.columns = [f"{row.family}, {row.ranks} rank{'s' if row.ranks > 1 else ''}" for row in found.itertuples()]
+    bars.columns = [
+        f"{family}, {ranks} rank{'s' if ranks > 1 else ''}"
+        for family, ranks in zip(found["family"], found["ranks"], strict=True)
+    ]
     return time_figure(bars if len(found) else pd.DataFrame())
 
 
@@ -167,7 +172,7 @@ def bytes_figure(found: pd.DataFrame, what: str = "") -> go.Figure:
 
 
 def clock_figure(seconds: pd.DataFrame) -> go.Figure:
-    """Returns stacked bars of clocks, in the unit that suits the longest bar; a clock not known is left out."""
+    """Returns stacked bars of clocks, in the unit that suits the longest bar."""
     word, size = unit(float(seconds.sum().max()) if seconds.size else 0.0)
     return stacked(seconds / size, word, list(seconds.index))
 
@@ -180,9 +185,7 @@ def step_times(train: pd.DataFrame) -> pd.Series:
     return (seconds / steps.where(steps > 0)).dropna()
 
 
-def scaling_rows(
-    runs: Runs, families: Callable[[Sequence[str]], Sequence[Group]]
-) -> pd.DataFrame:
+def scaling_rows(runs: Runs, families: Callable[[Sequence[str]], Sequence[Group]]) -> pd.DataFrame:
     """Returns strong and weak scaling of every family that has several numbers of ranks.
 
     Args:

@@ -92,9 +92,13 @@ def norm_figure(
     layers = some_layers(list(dict.fromkeys(grad_norm["layer"])))
     drawing.add_traces(list(_layer_lines(grad_norm, layers)))
     for begin, end in critical:
-        drawing.add_vrect(x0=begin, x1=end, name="critical", fillcolor="#E69F00", opacity=0.22, line_width=0, layer="below")
+        drawing.add_vrect(
+            x0=begin, x1=end, name="critical", fillcolor="#E69F00", opacity=0.22, line_width=0, layer="below"
+        )
     for epoch in lr_drops:
-        drawing.add_vline(x=epoch, name="learning rate falls", line={"color": "#555", "dash": "dash", "width": 1})
+        drawing.add_vline(
+            x=epoch, name="learning rate falls", line={"color": "#555", "dash": "dash", "width": 1}
+        )
     return drawing
 
 

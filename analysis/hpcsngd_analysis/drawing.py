@@ -110,7 +110,7 @@ def decades(values: Floats) -> float:
 
 def axis(title: str, *, decades: float = 0.0, **more: Any) -> dict[str, Any]:
     """Returns a plotly axis, logarithmic where ``decades`` (see `decades`) is not zero."""
-    scale = {"type": "log", "dtick": _log_tick(decades)} if decades else {}
+    scale = {"type": "log", "dtick": _log_tick(decades)} if decades else {"type": "linear"}
     return {**_AXIS, "title": {"text": title}, **scale, **more}
 
 
@@ -120,9 +120,7 @@ def _log_tick(decades: float) -> str | int:
     return "D2" if decades < 4 else max(1, round(decades / 8))
 
 
-def layout(
-    x: Mapping[str, Any], y: Mapping[str, Any], *, has_legend: bool = True, **more: Any
-) -> go.Layout:
+def layout(x: Mapping[str, Any], y: Mapping[str, Any], *, has_legend: bool = True, **more: Any) -> go.Layout:
     """Returns the layout of a figure with these axes; its own legend, where it has one, lies on top."""
     return go.Layout(
         template=go.layout.Template(),

@@ -34,12 +34,14 @@ def standalone(panel: Panel) -> go.Figure:
         height=max(HEIGHT, round(panel.height_rem * _REM)),
     )
     # On the page the key shows and hides these; here all that is drawn stays.
-    figure.for_each_trace(lambda trace: trace.update(showlegend=trace.showlegend is not False and bool(trace.name)))
+    figure.for_each_trace(
+        lambda trace: trace.update(showlegend=trace.showlegend is not False and bool(trace.name))
+    )
     return figure
 
 
 def export(panels: Sequence[Panel], folder: Path, form: Format) -> list[Path]:
-    """Writes each panel that has something to draw as ``<id>.<form>``.
+    """Writes each panel as ``<id>.<form>``.
 
     Args:
         panels: figures of a page.
@@ -52,14 +54,16 @@ def export(panels: Sequence[Panel], folder: Path, form: Format) -> list[Path]:
     Raises:
         HpcsngdError: kaleido or a browser is missing, or a file cannot be written.
     """
-    shown = [panel for panel in panels if not panel.is_empty]
-    files = [folder / f"{panel.id}.{form}" for panel in shown]
+    files = [folder / f"{panel.id}.{form}" for panel in panels]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        plotly.io.write_images([standalone(panel) for panel in shown], files, format=form, scale=2 if form == "png" else 1)
+        plotly.io.write_images(
+            [standalone(panel) for panel in panels], files, format=form, scale=2 if form == "png" else 1
+        )
     except (ImportError, ValueError, RuntimeError) as error:
         raise HpcsngdError(
-            f"figures cannot be written as {form}: they need kaleido (pip install 'hpcsngd[export]') and Chrome or Chromium "
+            f"figures cannot be written as {form}: they need kaleido (pip install 'hpcsngd[export]') and "
+            "Chrome or Chromium "
             f"(on Debian: apt-get install chromium); {error}"
         ) from error
     except OSError as error:

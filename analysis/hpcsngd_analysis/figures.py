@@ -112,8 +112,8 @@ def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Cu
         metric: ``accuracy`` as a share, or ``loss``.
         clock: ``epoch``; ``samples``: training samples used; ``train_s``: training alone, without evaluation,
             checkpoints, queueing and work done twice; or ``charged_s``: what the site charges to all attempts
-            so far, without queueing. Times are shown in seconds, minutes or hours, whichever suits the longest
-            run. Rows whose clock nobody knows are left out.
+            so far, without queueing. Times are shown in seconds, minutes or hours, whichever suits the
+            longest run. Rows whose clock nobody knows are left out.
         points: a longer curve is thinned to at most this many points.
 
     Returns:
@@ -123,7 +123,7 @@ def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Cu
     tables = list(clocked(runs))
     x_title, divisor = _clock_axis(tables, clock)
     lines = [
-        _line(run, split, rows, metric, clock, divisor, points)
+        _line(run, split, rows[clock].to_numpy(float) / divisor, rows[metric].to_numpy(float), points)
         for table in tables
         for (run, split), rows in table[table[clock].notna()].groupby(["run", "split"], sort=False)
     ]
@@ -134,7 +134,7 @@ def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Cu
 
 
 def clocked(runs: Runs) -> Iterator[pd.DataFrame]:
-    """Yields training and evaluation rows with ``split`` and all clocks: ``samples`` and ``charged_s`` too."""
+    """Yields training and evaluation rows with ``split`` and all clocks."""
     train, evaluation = runs.tables["train"], runs.tables["eval"]
     with_samples = evaluation.assign(samples=samples_at(train, evaluation))
     for table in (train.assign(split="train"), with_samples):
@@ -151,7 +151,7 @@ def samples_at(train: pd.DataFrame, evaluation: pd.DataFrame) -> pd.Series:
         Aligned with ``evaluation``.
     """
     found = pd.Series(np.nan, index=evaluation.index)
-    training = {run: rows for run, rows in train.groupby("run", sort=False)}
+    training = dict(iter(train.groupby("run", sort=False)))
     for run, rows in evaluation.groupby("run", sort=False):
         if run in training:
             steps, samples = (np.r_[0.0, training[run][name].to_numpy(float)] for name in ("step", "samples"))
@@ -171,12 +171,9 @@ def _span(values: Sequence[Floats]) -> float:
     return decades(np.concatenate(values)) if values else 0.0
 
 
-def _line(
-    run: Any, split: Any, rows: pd.DataFrame, metric: Metric, clock: Clock, divisor: float, points: int
-) -> Curve:
-    x, y = (rows[column].to_numpy(dtype=np.float64) for column in (clock, metric))
+def _line(run: Any, split: Any, x: Floats, y: Floats, points: int) -> Curve:
     keep = kept_points(y, points)
-    return Curve(str(run), str(split), x[keep] / divisor, y[keep])
+    return Curve(str(run), str(split), x[keep], y[keep])
 
 
 def figure(data: Curves, runs: Runs) -> go.Figure:
@@ -237,6 +234,7 @@ def bands(
     groups: Sequence[Group],
     metric: Metric,
     clock: Clock,
+    *,
     generator: np.random.Generator,
     split: str = "test",
 ) -> list[Band]:
@@ -266,7 +264,9 @@ def bands(
     for group in groups:
         members = [by_run[run] for run in group.runs if run in by_run]
         if members:
-            x, values = _common([(each[clock].to_numpy(float), each[metric].to_numpy(float)) for each in members])
+            x, values = _common(
+                [(each[clock].to_numpy(float), each[metric].to_numpy(float)) for each in members]
+            )
             mean, low, high = bootstrap_band(values, generator=generator)
             found.append(Band(group.name, split, x, mean, low, high, len(members)))
     return found

@@ -76,7 +76,9 @@ def _chosen(run: Run, by: Sequence[str]) -> str:
     names = {"exp_name": run.experiment, "site_name": run.site, "world_size": run.world_size}
     leaves = dict(flatten(run.config)) | names
     return ", ".join(
-        f"{key.rpartition('.')[2]} {_word(leaves.get(key))}" if key not in ("exp_name", "site_name") else str(names[key])
+        f"{key.rpartition('.')[2]} {_word(leaves.get(key))}"
+        if key not in ("exp_name", "site_name")
+        else str(names[key])
         for key in by
     )
 

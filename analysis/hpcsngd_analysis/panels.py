@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -103,14 +103,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """One section of the page; empty parts are left out."""
+    """One section of the page; empty parts are left out. ``texts`` are titles with longer texts to unfold."""
 
     id: str
     title: str
     words: tuple[str, ...] = ()
     grids: tuple[Grid, ...] = ()
-    panels: tuple[Panel, ...] = field(default=())
+    panels: tuple[Panel, ...] = ()
     note: str = ""
+    texts: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the section as plain data."""
@@ -120,6 +121,7 @@ class Section:
             "words": list(self.words),
             "grids": [grid.to_json() for grid in self.grids],
             "figures": [panel.to_json() for panel in self.panels],
+            "texts": dict(self.texts),
         }
 
 
@@ -161,7 +163,12 @@ def numbers(values: Any) -> list[Any]:
     """Returns an array, or a sequence of texts, as plain data; the rows of a matrix stay lists."""
     if isinstance(values, np.ndarray) and values.ndim > 1:
         return [numbers(row) for row in values]
-    if isinstance(values, Sequence) and values and isinstance(values[0], Sequence) and not isinstance(values[0], str):
+    if (
+        isinstance(values, Sequence)
+        and values
+        and isinstance(values[0], Sequence)
+        and not isinstance(values[0], str)
+    ):
         return [numbers(row) for row in values]
     return [plain(value) for value in (values.tolist() if isinstance(values, np.ndarray) else values)]
 
@@ -177,15 +184,19 @@ def _series(trace: Any) -> dict[str, Any]:
 
 def _arrays(trace: Any) -> Iterator[tuple[str, list[Any]]]:
     for name in _DRAWN:
-        values = trace[name] if name in trace else None
+        values = _part(trace, name)
         if values is not None and not isinstance(values, str):
             yield name, numbers(values)
     for name in ("error_x", "error_y"):
-        error = trace[name] if name in trace else None
+        error = _part(trace, name)
         if error is not None and error.array is not None:
             yield name, numbers(error.array)
             if error.arrayminus is not None:
                 yield f"{name}_minus", numbers(error.arrayminus)
+
+
+def _part(trace: Any, name: str) -> Any:
+    return trace[name] if name in trace else None  # noqa: SIM401 - a trace has no get
 
 
 def _title(figure: go.Figure, name: str) -> str:

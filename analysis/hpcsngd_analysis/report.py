@@ -51,16 +51,37 @@ _COLUMNS = (
     Column("dropped_rows", "dropped rows", "whole"),
 )
 _RUNS_NOTE = (
-    "Training time leaves out evaluation, checkpoints, queueing and work done twice after a resume. Wall time is what the "
-    "workers of all attempts ran, up to the last row of each. The best accuracy is chosen with the test labels, so it "
-    "flatters: compare methods by the final one, which is the last so far. Dropped rows were written again by a later "
+    "Training time leaves out evaluation, checkpoints, queueing and work done twice after a resume. Wall "
+    "time is what the "
+    "workers of all attempts ran, up to the last row of each. The best accuracy is chosen with the test "
+    "labels, so it "
+    "flatters: compare methods by the final one, which is the last so far. Dropped rows were written again "
+    "by a later "
     "attempt. – means that nothing was measured."
 )
 
 
 @dataclass(frozen=True)
+class Report:
+    """Runs, what was asked for, and what the page says about them."""
+
+    context: Context
+    content: Content
+
+    @property
+    def panels(self) -> list[Panel]:
+        """All figures, in order."""
+        return [panel for section in self.content.sections for panel in section.panels]
+
+    @property
+    def lines(self) -> list[str]:
+        """What the sweeps among the runs show: for each its best setting, or why there is none."""
+        return [line for sweep in self.content.sweeps for line in sweep["lines"]]
+
+
+@dataclass(frozen=True)
 class Content:
-    """Everything on the page but its looks: summary, runs, sweeps, sections, settings, where runs come from."""
+    """Everything on the page but its looks: summary, runs, sweeps, sections, settings, provenance."""
 
     summary: Mapping[str, Any]
     runs: Grid
@@ -107,7 +128,7 @@ def to_json(paths: Iterable[str | Path], options: Options | None = None) -> dict
         RunDirError: see `hpcsngd_analysis.load.load`.
         HpcsngdError: an option that does not fit the runs.
     """
-    return content(context(_load(paths), options)).to_json()
+    return make(paths, options).content.to_json()
 
 
 def write_report(paths: Iterable[str | Path], out: Path, options: Options | None = None) -> Path:
@@ -122,12 +143,23 @@ def write_report(paths: Iterable[str | Path], out: Path, options: Options | None
         RunDirError: see `hpcsngd_analysis.load.load`.
         HpcsngdError: the file cannot be written, or an option does not fit the runs.
     """
-    write_page(render(context(_load(paths), options)), out)
+    write_page(render(make(paths, options)), out)
     return out
 
 
-def _load(paths: Iterable[str | Path]) -> Runs:
-    return load(paths, train_rows=thin.POINTS)
+def make(paths: Iterable[str | Path], options: Options | None = None) -> Report:
+    """Returns the report on runs: everything but the page's text.
+
+    Args:
+        paths: run directories, or folders of them.
+        options: what is asked for; default: everything.
+
+    Raises:
+        RunDirError: see `hpcsngd_analysis.load.load`.
+        HpcsngdError: an option that does not fit the runs, or nothing that was asked for is in them.
+    """
+    which = context(load(paths, train_rows=thin.POINTS), options)
+    return Report(which, content(which))
 
 
 def write_page(page: str, out: Path) -> None:
@@ -156,7 +188,7 @@ def sweep_lines(paths: Iterable[str | Path]) -> list[str]:
     return [line for sweep in sweeps.sweeps(load(paths, ("eval",))) for line in sweep.lines()]
 
 
-def render(which: Context) -> str:
+def render(report: Report) -> str:
     """Returns the page as text."""
     environment = Environment(
         loader=PackageLoader("hpcsngd_analysis"),
@@ -173,13 +205,12 @@ def render(which: Context) -> str:
         bytes=_read(text.size),
         hours=_read(text.hours),
     )
-    runs, page = which.runs, content(which)
-    panels = [panel for section in page.sections for panel in section.panels]
+    which, page, runs = report.context, report.content, report.context.runs
     return environment.get_template("report.html").render(
         content=page,
         summary=page.summary,
         options=which.options,
-        drawings={panel.id: _script_json(panel) for panel in panels if not panel.is_empty},
+        drawings={panel.id: _script_json(panel) for panel in report.panels},
         styles={run.name: drawing.style(position) for position, run in enumerate(runs.records)},
         splits=_splits(runs),
         hides_training=len(runs.records) > figures.MANY,
@@ -221,6 +252,9 @@ def content(which: Context) -> Content:
     table = tables.runs_table(runs)
     rows = _rows(table)
     made, absent = sections.build(which, which.options.sections)
+    if which.options.sections and not made:
+        missing = "; ".join(f"{each.title} ({each.source})" for each in absent)
+        raise HpcsngdError(f"the runs have nothing that the spec shows: {missing}")
     common, details = _details(runs.records)
     return Content(
         summary=_summary(runs, rows),

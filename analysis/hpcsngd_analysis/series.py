@@ -254,11 +254,12 @@ def boxes(
     """
     if not data:
         return empty()
-    span = {"type": "log", "dtick": "D2"} if is_log else {}
+    values = np.array([[each.low, each.high] for found in data.values() for each in found.values()])
+    span = decades(values.ravel()) if is_log else 0.0
     drawing = go.Figure(
         layout=layout(
             axis(x_title, type="category"),
-            axis(y_title, tickformat=".4~g", **span),
+            axis(y_title, decades=span, tickformat=".4~g"),
             boxmode="group",
             has_legend=len(data) > 1,
         )

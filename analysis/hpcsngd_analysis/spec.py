@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,34 @@ class Spec:
     baseline: str = ""
     group_by: tuple[str, ...] = ()
 
-    def options(self, *, target: float | None = None, baseline: str = "") -> Options:
-        """Returns the options of a report; what is given here goes before the file's."""
+    def options(self) -> Options:
+        """Returns the options of a report."""
         reference = f"After {self.reference}." if self.reference else ""
         return Options(
-            target=self.target if target is None else target,
-            baseline=baseline or self.baseline,
+            target=self.target,
+            baseline=self.baseline,
             group_by=self.group_by,
             sections=self.sections,
             title=self.title,
             description=" ".join(filter(None, (self.description.strip(), reference))),
         )
+
+
+def options(path: Path | None = None, *, target: float | None = None, baseline: str = "") -> Options:
+    """Returns the options of a report; what is given by hand goes before the file's.
+
+    Args:
+        path: of the spec; None: everything.
+        target: test accuracy, a share.
+        baseline: experiment or group.
+
+    Raises:
+        HpcsngdError: the spec cannot be understood, or the target is no share.
+    """
+    found = read(path).options() if path else Options()
+    if target is not None:
+        found = replace(found, target=checked_target(target, "--target"))
+    return replace(found, baseline=baseline) if baseline else found
 
 
 def read(path: Path) -> Spec:
@@ -57,14 +74,18 @@ def read(path: Path) -> Spec:
     known = [each.name for each in fields(Spec)]
     for key in data:
         if key not in known:
-            raise HpcsngdError(f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}; allowed: {', '.join(known)}")
+            raise HpcsngdError(
+                f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}; allowed: {', '.join(known)}"
+            )
     if "title" not in data:
         raise HpcsngdError(f"{path}: title is missing")
     spec = Spec(**{key: _value(path, key, value) for key, value in data.items()})
     ids = [builder.id for builder in sections.BUILDERS]
     for name in spec.sections:
         if name not in ids:
-            raise HpcsngdError(f"{path}: unknown section {name!r}{did_you_mean(name, ids)}; allowed: {', '.join(ids)}")
+            raise HpcsngdError(
+                f"{path}: unknown section {name!r}{did_you_mean(name, ids)}; allowed: {', '.join(ids)}"
+            )
     return spec
 
 

@@ -7,7 +7,7 @@ names the tables that it reads and what makes a run write them, so that the page
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpcsngd_analysis.panels import Section
 from hpcsngd_analysis.sections import comparison, cost, curvature, model, progress
@@ -30,7 +30,8 @@ BUILDERS: tuple[Builder, ...] = (
     Builder("means", "Means over seeds", progress.means, ("train", "eval"), "two runs that differ in seed"),
     Builder("target", "Time to target", comparison.target, ("eval",), "--target ACCURACY"),
     Builder(
-        "profiles", "Performance profiles", comparison.profiles, ("eval",), "--target ACCURACY, two methods on the same seeds",
+        "profiles", "Performance profiles", comparison.profiles, ("eval",), "--target ACCURACY, two methods "
+        "on the same seeds",
     ),
     Builder("verdicts", "Against a baseline", comparison.verdicts, ("eval",), "--baseline EXP"),
     Builder("clocks", "Where time went", cost.clocks, ("train", "eval"), "attempts that have started"),
@@ -51,6 +52,12 @@ BUILDERS: tuple[Builder, ...] = (
         "preconditioning", "Scale and rotation", curvature.preconditioning, ("quantify",),
         "diagnostics.quantify_every",
     ),
+    Builder("layers", "Models", model.layers, ("layers",), "training"),
+    Builder("classification", "Classification", model.classification, ("confusion",), "training, at its end"),
+    Builder(
+        "landscape", "Loss landscape", model.landscape, ("landscape", "landscape_path"),
+        "hpcsngd landscape RUN",
+    ),
 )  # fmt: skip
 
 
@@ -63,5 +70,14 @@ def build(context: Context, only: Sequence[str] = ()) -> tuple[list[Section], li
     """
     known = {builder.id: builder for builder in BUILDERS}
     wanted = [known[name] for name in only] or list(BUILDERS)
-    made = [(builder, builder.build(context)) for builder in wanted]
+    made = [(builder, _with_content(builder.build(context))) for builder in wanted]
     return [section for _, section in made if section], [builder for builder, section in made if not section]
+
+
+def _with_content(section: Section | None) -> Section | None:
+    """Returns a section without the figures that have nothing to draw; None where nothing is left."""
+    if section is None:
+        return None
+    panels = tuple(panel for panel in section.panels if not panel.is_empty)
+    has_content = any((section.words, section.grids, panels, section.texts))
+    return replace(section, panels=panels) if has_content else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+import pandas as pd
+
 from hpcsngd_analysis import comparison_figures as figures
 from hpcsngd_analysis import stats, text
 from hpcsngd_analysis.compare import Verdict, compare_runs
@@ -38,19 +40,36 @@ _VERDICT_COLUMNS = (
 def target(context: Context) -> Section | None:
     """Returns when runs reached the target; None without one, or without a run that was evaluated."""
     wanted = context.options.target
-    reached = None if wanted is None else stats.time_to_target(context.table("eval"), wanted)
-    if wanted is None or reached is None or reached.empty:
+    if wanted is None or context.table("eval").empty:
         return None
+    reached = _reached(context, wanted)
     rows = figures.target_rows(reached, context.groups)
-    found = [figures.arrivals(reached, group) for group in context.groups if set(group.runs) & set(reached.index)]
+    found = [figures.arrivals(reached, group) for group in context.groups]
     grid = Grid("target", "", _TARGET_COLUMNS, tuple(rows))
     panel = Panel("arrivals", f"Runs that reached {text.share(wanted)}", figures.arrivals_figure(found))
     note = (
-        "Times are training time, interpolated between evaluations. A run that ended without reaching the target is "
-        "censored, not left out: in the medians it counts as infinitely late, and the curve is Kaplan's and Meier's, "
+        "Times are training time, interpolated between evaluations. A run that ended without reaching the "
+        "target is "
+        "censored, not left out: in the medians it counts as infinitely late, and the curve is Kaplan's and "
+        "Meier's, "
         "with a cross where such a run ended."
     )
-    return Section("target", f"Time to {text.share(wanted)} test accuracy", tuple(_target_words(rows)), (grid,), (panel,), note)
+    return Section(
+        "target",
+        f"Time to {text.share(wanted)} test accuracy",
+        tuple(_target_words(rows)),
+        (grid,),
+        (panel,),
+        note,
+    )
+
+
+def _reached(context: Context, wanted: float) -> pd.DataFrame:
+    """Returns `stats.time_to_target` of all runs: one never evaluated has not reached it."""
+    found = stats.time_to_target(context.table("eval"), wanted)
+    missing = [run.name for run in context.runs.records if run.name not in found.index]
+    never = pd.DataFrame({"reached": False, "epochs": 0.0, "train_s": 0.0}, index=missing)
+    return pd.concat([found, never]) if missing else found
 
 
 def _target_words(rows: list[dict[str, object]]) -> Iterator[str]:
@@ -60,7 +79,10 @@ def _target_words(rows: list[dict[str, object]]) -> Iterator[str]:
     if timed:
         fastest = min(timed, key=lambda row: float(str(row["train_s"])))
         seconds = text.seconds(float(str(fastest["train_s"])))
-        yield f"The shortest median training time to it is {seconds}, of {fastest['group']}; see the verdicts for what is chance."
+        yield (
+            f"The shortest median training time to it is {seconds}, of {fastest['group']}; the verdicts say "
+            "what may be chance."
+        )
 
 
 def profiles(context: Context) -> Section | None:
@@ -68,7 +90,7 @@ def profiles(context: Context) -> Section | None:
     wanted = context.options.target
     if wanted is None:
         return None
-    reached = stats.time_to_target(context.table("eval"), wanted)
+    reached = _reached(context, wanted)
     times = figures.problem_times(context.runs, context.groups, reached)
     found, problems = performance_profiles(times)
     if len(found) < 2 or not problems:
@@ -77,11 +99,15 @@ def profiles(context: Context) -> Section | None:
     columns = (Column("method", "method", "name"), Column("score", "score", "number"))
     rows = tuple({"method": each.method, "score": plain(each.score)} for each in found)
     note = (
-        f"Over {problems} problem{'s' if problems > 1 else ''} (data, model and seed) that every method tried and at "
-        f"least one solved (Dolan and Moré, 2002). The score is the mean height up to a factor of {LARGEST_RATIO:g}, as "
+        f"Over {problems} problem{'s' if problems > 1 else ''} (data, model and seed) that every method "
+        "tried and at "
+        "least one solved (Dolan and Moré, 2002). The score is the mean height up to a factor of "
+        f"{LARGEST_RATIO:g}, as "
         "AlgoPerf takes it: 1 would be the fastest on every problem."
     )
-    return Section("profiles", "Performance profiles", (), (Grid("profiles", "", columns, rows),), (panel,), note)
+    return Section(
+        "profiles", "Performance profiles", (), (Grid("profiles", "", columns, rows),), (panel,), note
+    )
 
 
 def verdicts(context: Context) -> Section | None:
@@ -102,7 +128,8 @@ def verdicts(context: Context) -> Section | None:
     if not found:
         return None
     rows = tuple(
-        {"method": method, "question": question, **_cells(verdict)} for (question, method), verdict in found.items()
+        {"method": method, "question": question, **_cells(verdict)}
+        for (question, method), verdict in found.items()
     )
     panels = (
         bars_panel(
@@ -120,16 +147,18 @@ def verdicts(context: Context) -> Section | None:
             if aim is not None
         ),
     )
-    words = tuple(_sentence(method, baseline.name, question, each) for (question, method), each in found.items())
-    shown = tuple(panel for panel in panels if not panel.is_empty)
+    words = tuple(_words(found, baseline.name))
     grid = Grid("verdicts", "", _VERDICT_COLUMNS, rows)
-    return Section("verdicts", f"Against {baseline.name}", words, (grid,), shown, _VERDICT_NOTE)
+    return Section("verdicts", f"Against {baseline.name}", words, (grid,), panels, _VERDICT_NOTE)
 
 
 _VERDICT_NOTE = (
-    "Runs of one seed are pairs. Supported: the 95 % interval of the paired differences (Student's t; of times, of the "
-    "ratio) lies on the better side. Not supported: it lies on the other. Cannot tell: it holds both. Where runs ended "
-    "without reaching the target, the exact sign test decides. Refused: too few pairs, or times from hardware that is "
+    "Runs of one seed are pairs. Supported: the 95 % interval of the paired differences (Student's t; of "
+    "times, of the "
+    "ratio) lies on the better side. Not supported: it lies on the other. Cannot tell: it holds both. Where "
+    "runs ended "
+    "without reaching the target, the exact sign test decides. Refused: too few pairs, or times from "
+    "hardware that is "
     "unknown or differs. No correction is made for the number of comparisons."
 )
 
@@ -148,6 +177,15 @@ def _cells(verdict: Verdict) -> dict[str, object]:
         "more_seeds": verdict.more_seeds,
         "reason": verdict.reason,
     }
+
+
+def _words(found: Mapping[tuple[str, str], Verdict], baseline: str) -> Iterator[str]:
+    for (question, method), verdict in found.items():
+        if verdict.word != "refused":
+            yield _sentence(method, baseline, question, verdict)
+    refused = sum(verdict.word == "refused" for verdict in found.values())
+    if refused:
+        yield f"{refused} comparison{'s are' if refused > 1 else ' is'} refused; the table says why."
 
 
 def _sentence(method: str, baseline: str, question: str, verdict: Verdict) -> str:

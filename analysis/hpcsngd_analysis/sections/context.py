@@ -77,9 +77,13 @@ def drawn_note(which: Context) -> str:
     if not which.is_crowded:
         return ""
     return (
-        f"With more than {series.LINES} runs, groups are drawn: the median of a group's rows, and the range from "
-        f"the lowest to the highest. Rows are summed up at no more than {series.POINTS} readings of the clock."
+        f"With more than {series.LINES} runs, groups are drawn: the median of a group's rows, and the range "
+        "from "
+        f"the lowest to the highest. Rows are summed up at no more than {series.POINTS} readings of the "
+        "clock."
     )
 
 
-POINTS_NOTE = f"A curve of more than {thin.POINTS:,} rows is drawn by the lowest and highest value of each interval."
+POINTS_NOTE = (
+    f"A curve of more than {thin.POINTS:,} rows is drawn by the lowest and highest value of each interval."
+)

@@ -23,18 +23,21 @@ def phases(context: Context) -> Section | None:
     refresh = figures.phase_seconds(profiling, context.groups)
     between = figures.phase_seconds(profiling, context.groups, refreshes_only=False)
     panels = (
-        bars_panel("phases-refresh", "A step that refreshes curvature, by phase", figures.time_figure(refresh)),
+        bars_panel(
+            "phases-refresh", "A step that refreshes curvature, by phase", figures.time_figure(refresh)
+        ),
         bars_panel("phases-between", "A step between refreshes, by phase", figures.time_figure(between)),
         bars_panel(
             "phases-kinds",
             "A step that refreshes: computation and communication",
             figures.time_figure(figures.by_kind(refresh)),
-            note="Factors: captured rows, Kronecker factors, kernels. Inverses: their inverses or eigenvectors, "
-            "and for KID the projection.",
+            note="Factors: captured rows, Kronecker factors, kernels. Inverses: inverses or "
+            "eigenvectors, and for KID the projection.",
         ),
     )
     note = (
-        "Medians over steps, ranks and runs, as in figure 7 of HyLo. Capture is work of hooks inside forward and "
+        "Medians over steps, ranks and runs, as in figure 7 of HyLo. Capture is work of hooks inside forward "
+        "and "
         "backward, and taken out of them. A method without curvature has no refresh: all "
         "its steps stand in for one."
     )
@@ -48,7 +51,9 @@ def ranks(context: Context) -> Section | None:
     found = figures.computation_and_communication(profiling, context.runs, families)
     if found["ranks"].nunique() < 2:
         return None
-    panel = bars_panel("timing-ranks", "A refresh: computation and communication", figures.ranks_figure(found))
+    panel = bars_panel(
+        "timing-ranks", "A refresh: computation and communication", figures.ranks_figure(found)
+    )
     note = (
         "The preconditioner's phases at refreshes, sums of medians, as in figure 3 of HyLo; communication is "
         "gather, reduce and broadcast."
@@ -63,12 +68,17 @@ def sizes(context: Context) -> Section | None:
     if sent.empty and held.empty:
         return None
     panels = (
-        bars_panel("bytes-phase", "Bytes sent in a step with exchange, by phase", figures.bytes_figure(sent, " per step")),
+        bars_panel(
+            "bytes-phase",
+            "Bytes sent in a step with exchange, by phase",
+            figures.bytes_figure(sent, " per step"),
+        ),
         bars_panel("memory-kind", "Memory of the preconditioner, by kind", figures.bytes_figure(held)),
     )
-    note = "Medians over steps and runs, of rank 0: what it hands to collectives, and what it holds after the step."
-    shown = tuple(panel for panel in panels if not panel.is_empty)
-    return Section("bytes", "Bytes and memory", panels=shown, note=note)
+    note = (
+        "Medians over steps and runs, of rank 0: what it hands to collectives, what it holds after the step."
+    )
+    return Section("bytes", "Bytes and memory", panels=panels, note=note)
 
 
 _CLOCK_NAMES = {
@@ -103,8 +113,10 @@ def clocks(context: Context) -> Section | None:
     panel = bars_panel("clocks", "Mean time of a run, by clock", figures.clock_figure(pd.DataFrame(by_group)))
     grid = Grid("clocks", "", _CLOCK_COLUMNS, grid_rows(found.reset_index()))
     note = (
-        "Attempts are merged. Queue is not charged; start-up runs from each start to the first training step; done twice "
-        "is training that a later attempt had to repeat; other is checkpoints, waiting and leaving. Goodput is training "
+        "Attempts are merged. Queue is not charged; start-up runs from each start to the first training "
+        "step; done twice "
+        "is training that a later attempt had to repeat; other is checkpoints, waiting and leaving. Goodput "
+        "is training "
         "that counts over charged time. – means that a run's files do not say."
     )
     return Section("clocks", "Where time went", tuple(_clock_words(found)), (grid,), (panel,), note)
@@ -137,16 +149,24 @@ def scaling(context: Context) -> Section | None:
     if found.empty:
         return None
     panels = tuple(
-        Panel(f"scaling-{kind}", f"{kind.capitalize()} scaling", figures.scaling_figure(found[found["kind"] == kind]))
+        Panel(
+            f"scaling-{kind}",
+            f"{kind.capitalize()} scaling",
+            figures.scaling_figure(found[found["kind"] == kind]),
+        )
         for kind in ("strong", "weak")
         if (found["kind"] == kind).any()
     )
     note = (
-        "Time of a step in seconds, from the training clock between a run's first and last row; the median over runs. "
-        "Strong: the global batch is the same for all numbers of ranks. Weak: the batch of a rank is. Efficiency "
+        "Time of a step in seconds, from the training clock between a run's first and last row; the median "
+        "over runs. "
+        "Strong: the global batch is the same for all numbers of ranks. Weak: the batch of a rank is. "
+        "Efficiency "
         "compares with the fewest ranks."
     )
-    return Section("scaling", "Scaling", (), (Grid("scaling", "", _SCALING_COLUMNS, grid_rows(found)),), panels, note)
+    return Section(
+        "scaling", "Scaling", (), (Grid("scaling", "", _SCALING_COLUMNS, grid_rows(found)),), panels, note
+    )
 
 
 _RANK_COLUMNS = (
@@ -170,7 +190,14 @@ def stragglers(context: Context) -> Section | None:
         else f"No rank needs {SLOW:g} times what the median rank of its run needs.",
     )
     data = series.spreads(found, context.members, "ratio", x="rank")
-    panel = Panel("stragglers", "Work before the exchange, by rank", series.figure(data, "times the median rank", x_title="rank"))
+    panel = Panel(
+        "stragglers",
+        "Work before the exchange, by rank",
+        series.figure(data, "times the median rank", x_title="rank"),
+    )
     grids = (Grid("stragglers", "Stragglers", _RANK_COLUMNS, grid_rows(slow)),) if len(slow) else ()
-    note = "Medians over steps of data, forward and backward. DDP's exchange lies in backward, so waiting hides slow ranks."
+    note = (
+        "Medians over steps of data, forward and backward. DDP's exchange lies in backward, so waiting hides "
+        "slow ranks."
+    )
     return Section("stragglers", "Stragglers", words, grids, (panel,), note)

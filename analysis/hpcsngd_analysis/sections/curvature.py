@@ -28,14 +28,23 @@ def low_rank(context: Context) -> Section | None:
             figures.rank_figure(figures.rank_boxes(table, context.groups)),
             note="Whiskers reach the lowest and the highest.",
         ),
-        Panel("rank-epoch", "Rank over time", _over_time(context, "rank_analysis", "low_rank", "matrix rank", "share")),
-        Panel("kept-epoch", "Samples kept over time", _over_time(context, "kept", "kept", "samples kept", "rule", has_zero=True)),
+        Panel(
+            "rank-epoch",
+            "Rank over time",
+            _over_time(context, "rank_analysis", "low_rank", "matrix rank", "share"),
+        ),
+        Panel(
+            "kept-epoch",
+            "Samples kept over time",
+            _over_time(context, "kept", "kept", "samples kept", "rule", has_zero=True),
+        ),
     )
     note = (
-        "The rank is the number of singular values that make up a share of their sum, as in figure 10 of HyLo. "
+        "The rank is the number of singular values that make up a share of their sum, as in figure 10 of "
+        "HyLo. "
         f"Lines are medians over layers, areas their range. {drawn_note(context)}"
     ).strip()
-    return Section("low-rank", "Matrix rank", panels=_shown(panels), note=note)
+    return Section("low-rank", "Matrix rank", panels=panels, note=note)
 
 
 def gradient_norm(context: Context) -> Section | None:
@@ -56,9 +65,12 @@ def gradient_norm(context: Context) -> Section | None:
         panels.append(Panel(f"gradient-norm-{place}", f"Layers of {run}", drawing))
     left = len(shown) - NORMS
     note = (
-        "Norms are taken before preconditioning. Shaded: epochs in which the hybrid took training for critical and used "
-        f"KID; of other runs those in which the norm changes by {critical.ETA:.0%} or more from the epoch before (the rule "
-        "of Accordion, Agarwal et al., 2021); dashed: the learning rate fell to half or less at once (HyLo, figure 11). "
+        "Norms are taken before preconditioning. Shaded: epochs in which the hybrid took training for "
+        "critical and used "
+        f"KID; of other runs those in which the norm changes by {critical.ETA:.0%} or more from the epoch "
+        "before (the rule "
+        "of Accordion, Agarwal et al., 2021); dashed: the learning rate fell to half or less at once (HyLo, "
+        "figure 11). "
         + (f"Layers of {left} more runs are not drawn. " if left > 0 else "")
         + drawn_note(context)
     ).strip()
@@ -84,7 +96,8 @@ def gradient_error(context: Context) -> Section | None:
         Panel("gradient-cosine", "Cosine", _over_time(context, "grad_error", "cosine", "cosine", "method")),
     )
     note = (
-        "Against the exact method on the same batch, as in figure 12 of HyLo. Lines are medians over layers, areas "
+        "Against the exact method on the same batch, as in figure 12 of HyLo. Lines are medians over layers, "
+        "areas "
         f"their range. {drawn_note(context)}"
     ).strip()
     return Section("gradient-error", "Gradient error", panels=panels, note=note)
@@ -97,7 +110,9 @@ def damping(context: Context) -> Section | None:
         return None
     strength = series.spreads(figures.eigenvalue_over_damping(table), context.members, "strength")
     panels = (
-        Panel("damping", "Damping", _over_time(context, "rank_analysis", "damping", "damping", has_zero=True)),
+        Panel(
+            "damping", "Damping", _over_time(context, "rank_analysis", "damping", "damping", has_zero=True)
+        ),
         Panel(
             "strength",
             "Top eigenvalue over damping",
@@ -123,10 +138,15 @@ def staleness(context: Context) -> Section | None:
                 x_title="update of the server",
             ),
         ),
-        Panel("staleness-worker", "By worker", figures.worker_figure(figures.worker_boxes(table, context.groups))),
+        Panel(
+            "staleness-worker",
+            "By worker",
+            figures.worker_figure(figures.worker_boxes(table, context.groups)),
+        ),
     )
     note = (
-        "Updates that the server made between the moment a worker took the parameters and the moment its gradient "
+        "Updates that the server made between the moment a worker took the parameters and the moment its "
+        "gradient "
         f"was applied. Lines are medians, areas the range. {drawn_note(context)}"
     ).strip()
     return Section("staleness", "Staleness", panels=panels, note=note)
@@ -138,19 +158,28 @@ def preconditioning(context: Context) -> Section | None:
         return None
     panels = (
         Panel("scale", "Scale", _over_time(context, "quantify", "norm_ratio", "‖u‖ / ‖g‖")),
-        Panel("rotation", "Rotation", _over_time(context, "quantify", "angle_deg", "angle (degrees)", is_log=False, has_zero=True)),
-        Panel("entry-scale", "Scale of the median entry", _over_time(context, "quantify", "q50", "median |uᵢ / gᵢ|")),
+        Panel(
+            "rotation",
+            "Rotation",
+            _over_time(context, "quantify", "angle_deg", "angle (degrees)", is_log=False, has_zero=True),
+        ),
+        Panel(
+            "entry-scale",
+            "Scale of the median entry",
+            _over_time(context, "quantify", "q50", "median |uᵢ / gᵢ|"),
+        ),
     )
     note = (
-        "g is the gradient, u what the preconditioner makes of it. The angle is the arc cosine of their cosine. "
+        "g is the gradient, u what the preconditioner makes of it. The angle is the arc cosine of their "
+        "cosine. "
         f"{drawn_note(context)}"
     ).strip()
     return Section("preconditioning", "Scale and rotation", panels=panels, note=note)
 
 
-def _over_time(context: Context, table: str, column: str, title: str, kind: str | None = None, **how: Any) -> go.Figure:
-    return series.figure(series.spreads(context.table(table), context.members, column, kind=kind), title, **how)
-
-
-def _shown(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:
-    return tuple(panel for panel in panels if not panel.is_empty)
+def _over_time(
+    context: Context, table: str, column: str, title: str, kind: str | None = None, **how: Any
+) -> go.Figure:
+    return series.figure(
+        series.spreads(context.table(table), context.members, column, kind=kind), title, **how
+    )

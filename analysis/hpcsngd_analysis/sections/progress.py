@@ -14,7 +14,8 @@ CLOCKS: tuple[tuple[figures.Clock, str], ...] = (
     ("charged_s", "charged time"),
 )
 TIMES = (
-    "Training time is training alone, over all attempts: without evaluation, checkpoints, queueing, start-up and work "
+    "Training time is training alone, over all attempts: without evaluation, checkpoints, queueing, start-up "
+    "and work "
     "done twice. Charged time is what the site charges: all of that but the queue."
 )
 
@@ -39,13 +40,9 @@ def means(context: Context) -> Section | None:
     panels = []
     for metric in METRICS:
         for clock, word in CLOCKS:
-            found = figures.bands(context.runs, context.groups, metric, clock, context.generator)
-            if found:
-                title = f"Mean test {metric} against {word}"
-                drawing = figures.band_figure(found, metric, clock)
-                panels.append(Panel(f"mean-{metric}-{clock}", title, drawing))
-    if not panels:
-        return None
+            found = figures.bands(context.runs, context.groups, metric, clock, generator=context.generator)
+            drawing = figures.band_figure(found, metric, clock)
+            panels.append(Panel(f"mean-{metric}-{clock}", f"Mean test {metric} against {word}", drawing))
     return Section("means", "Means over seeds", panels=tuple(panels), note=_note(context))
 
 
@@ -59,5 +56,6 @@ def _note(context: Context) -> str:
     many = " With so many runs, groups are drawn instead of runs." if context.is_crowded else ""
     return (
         "Lines are means over the runs of a setting that differ in seed, areas 95 % bootstrap intervals "
-        f"of the mean, of whole curves, with expanded percentiles (Hesterberg, 2015), as far as the shortest run went. {few}{many}"
+        "of the mean, of whole curves, with expanded percentiles (Hesterberg, 2015), as far as the shortest "
+        f"run went. {few}{many}"
     ).strip()
