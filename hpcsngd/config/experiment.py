@@ -12,6 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from hpcsngd.config.catalogue import DATASETS, MODELS, TORCHVISION_PREFIX
+from hpcsngd.config.expressions import (
+    ScaledCount,
+    ScaledCountOrNone,
+    ScaledFloat,
+    ScaledShare,
+    ScaledShareOrNone,
+)
 from hpcsngd.config.fields import Strict, Walltime
 from hpcsngd.errors import did_you_mean
 
@@ -172,10 +179,12 @@ class Data(Strict):
 
 
 class _Optimizer(Strict):
-    lr: float = Field(gt=0)
-    """Peak learning rate; not scaled by the world size."""
+    lr: ScaledFloat
+    """Peak learning rate; scaled by the world size only where written so."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay as torch's optimizer of that name means it: coupled for sgd and adam, else decoupled."""
+    no_decay: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class (BatchNorm2d), whose parameters do not decay."""
 
 
 class SGD(_Optimizer):
@@ -208,7 +217,7 @@ class Muon(_Optimizer):
     """Momentum of the matrices."""
     nesterov: bool = True
     """Nesterov's form."""
-    adamw_lr: float = Field(default=1e-3, gt=0)
+    adamw_lr: ScaledFloat = 1e-3
     """Peak learning rate of the parameters that are not matrices."""
 
 
@@ -237,12 +246,33 @@ class DampingDecay(Strict):
         return self
 
 
+class DampingSteps(Strict):
+    """Damping that is multiplied by a factor at some epochs: hpcsngd.optim.DampingSteps."""
+
+    initial: float = Field(gt=0)
+    """Damping at the start."""
+    factor: float = Field(gt=0)
+    """What it is multiplied by at each milestone."""
+    milestones: list[float] = Field(min_length=1)
+    """Epochs after which it is multiplied."""
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> DampingSteps:
+        if self.milestones != sorted(self.milestones):
+            raise ValueError("milestones must rise")
+        return self
+
+
 def _kind_of_damping(value: object) -> str:
+    if isinstance(value, DampingSteps) or (isinstance(value, dict) and "milestones" in value):
+        return "steps"
     return "decay" if isinstance(value, dict | DampingDecay) else "number"
 
 
 Damping = Annotated[
-    Annotated[float, Field(gt=0), Tag("number")] | Annotated[DampingDecay, Tag("decay")],
+    Annotated[ScaledFloat, Tag("number")]
+    | Annotated[DampingDecay, Tag("decay")]
+    | Annotated[DampingSteps, Tag("steps")],
     Discriminator(_kind_of_damping),
 ]
 
@@ -273,14 +303,14 @@ class HyLo(Strict):
     method: Literal["sngd", "kid", "kis", "hybrid"] = "sngd"
     """Exact; interpolative decomposition; importance sampling; or the last two by turns."""
     damping: Damping = 0.1
-    """Added to the eigenvalues of the Fisher matrix: a number, or a decay by epochs."""
-    refresh_every: int = Field(default=10, ge=1)
+    """Added to the eigenvalues of the Fisher matrix: a number, or one by epochs."""
+    refresh_every: ScaledCount = 10
     """Steps between recomputations of the curvature."""
     stagger: bool = False
     """Refresh some layers at each step, each once in refresh_every steps, so that no step is slow."""
     placement: Literal["auto", "replicate", "owner"] = "auto"
     """Who solves for a layer: every rank, one that sends its result at each step, or what is fewer bytes."""
-    ratio: float = Field(default=1.0, gt=0, le=1)
+    ratio: ScaledShare = 1.0
     """Share of the samples kept by kid and kis."""
     low_rank: int | None = Field(default=None, ge=1)
     """Instead: how many samples they keep, whatever the number of ranks."""
@@ -334,10 +364,10 @@ class KFAC(Strict):
     mc_samples: int = Field(default=1, ge=1)
     """Draws per sample for mc; each costs a backward pass at an update of the factors."""
     damping: Damping = 0.03
-    """Added to the eigenvalues of the Kronecker product: a number, or a decay by epochs."""
-    factor_every: int = Field(default=10, ge=0)
+    """Added to the eigenvalues of the Kronecker product: a number, or one by epochs."""
+    factor_every: ScaledCountOrNone = 10
     """Steps between updates of the factors; 0: none."""
-    inverse_every: int = Field(default=10, ge=0)
+    inverse_every: ScaledCountOrNone = 10
     """Steps between recomputations of the inverses; 0 switches K-FAC off."""
     factor_decay: float = Field(default=0.95, ge=0, lt=1)
     """Weight of the old factors in the running average."""
@@ -467,7 +497,7 @@ class Schedule(Strict):
     """Shape after the warm-up."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Epochs of linear rise from `warmup_start` to 1."""
-    warmup_start: float = Field(default=0.1, ge=0, le=1)
+    warmup_start: ScaledShareOrNone = 0.1
     """Multiple at the very beginning of the warm-up."""
     milestones: list[float] = Field(default_factory=list)
     """Epochs after which the rate is multiplied by `gamma`."""
@@ -475,6 +505,8 @@ class Schedule(Strict):
     """Factor per milestone."""
     final: float = Field(default=0.0, ge=0)
     """Multiple at the end of cosine and linear."""
+    by: Literal["step", "epoch"] = "step"
+    """How often the rate changes: at every step, or as in many published scripts when an epoch begins."""
 
     @model_validator(mode="after")
     def _milestones_fit(self) -> Schedule:
@@ -561,6 +593,19 @@ class Restart(Strict):
     """Seconds without progress that count as a hang; default: the site's."""
 
 
+class Published(Strict):
+    """A result that somebody has published."""
+
+    what: str
+    """What was measured, against what."""
+    value: str
+    """The result as it was printed, with its unit."""
+    source: str
+    """Where it is printed."""
+    reproduce: str
+    """The experiments to run, and where the report shows the number."""
+
+
 Axis = Annotated[list[Any], Field(min_length=1)]
 
 
@@ -569,8 +614,14 @@ class Experiment(Strict):
 
     description: str
     """What is trained and why."""
+    paper: str = ""
+    """Short name of the paper, or whose settings these are."""
     reference: str = ""
-    """Paper, table or script that the settings come from."""
+    """Table, section or script that the settings come from."""
+    corrections: list[str] = Field(default_factory=list)
+    """Where this file departs from the published code or text, and why."""
+    published: list[Published] = Field(default_factory=list)
+    """Headline results that this experiment should be held against."""
     task: Literal["classification", "segmentation"] = "classification"
     """What is learned: a class for each image, or a mask."""
     strategy: Literal["ddp"] = "ddp"
@@ -579,11 +630,11 @@ class Experiment(Strict):
     """The network."""
     data: Data
     """The data set."""
-    batch_size: int = Field(ge=1)
+    batch_size: ScaledCount
     """Samples per rank and micro-batch."""
     eval_batch_size: int | None = Field(default=None, ge=1)
     """Samples per rank in evaluation; default: batch_size."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: ScaledCount = 1
     """Micro-batches per optimizer step."""
     epochs: int = Field(ge=1)
     """Passes over the training set."""

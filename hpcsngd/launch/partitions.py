@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hpcsngd.config.fields import walltime_text
 from hpcsngd.errors import SchedulerError, did_you_mean
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch.programs import command_output
 
 SHOW_PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
 SHOW_CONFIG = ("scontrol", "show", "config")
@@ -108,8 +108,8 @@ def parse_enforced(config: str) -> set[str]:
 
 
 def minutes(text: str) -> int | None:
-    """Returns Slurm's ``[days-]hours:minutes:seconds`` in minutes, rounded down; None for ``UNLIMITED``."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    """Returns Slurm's ``[[days-]hours:]minutes:seconds`` in minutes, rounded down; None for ``UNLIMITED``."""
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
     if found is None:
         return None
     days, hours, mins = (int(part or 0) for part in found.groups()[:3])
