@@ -101,6 +101,7 @@ class Plan:
             measured.
         hang_timeout_s: seconds without progress that count as a hang.
         start_timeout_s: the same until the first step.
+        after: paths of runs that must have completed before this one begins, see `hpcsngd.launch.turn`.
     """
 
     site_name: str
@@ -137,6 +138,7 @@ class Plan:
     stop_margin_s: float | None = None
     hang_timeout_s: float = 1800.0
     start_timeout_s: float = 1800.0
+    after: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:

@@ -25,7 +25,7 @@ from hpcsngd.launch import arrays, cells, plan, preflight, provenance, secrets, 
 from hpcsngd.launch.arrays import ArrayExecutor
 from hpcsngd.launch.plan import Directive, Host, Plan
 from hpcsngd.launch.sending import job_facts, say_what_is_dropped
-from hpcsngd.launch.submit import need_scheduler
+from hpcsngd.launch.submit import need_scheduler, paths
 from hpcsngd.rundir import RunDir
 from hpcsngd.sweepdir import Member, SweepDir, run_name
 
@@ -79,6 +79,7 @@ def submit(
     run_root: Path | None = None,
     worker: str = plan.WORKER,
     directives: Mapping[str, Directive] | None = None,
+    after: Sequence[RunDir] = (),
     probe: bool = False,
 ) -> SubmittedSweep:
     """Submits the cells of a matrix that have neither finished nor are on their way.
@@ -89,6 +90,7 @@ def submit(
         run_root: folder in which the sweep directory is made; default: the site's.
         worker: the module that a worker runs; only tests change it.
         directives: more directives for this submission, such as ``hold``; see `hpcsngd.launch.order`.
+        after: as for `hpcsngd.launch.submit.submit`.
         probe: whether to try the workers' Python on a node first.
 
     Raises:
@@ -97,7 +99,7 @@ def submit(
         SchedulerError: the scheduler is missing, refuses or does not answer; what was written stays, and the
             same submission takes up there.
     """
-    plans = make_plans(found, worker=worker)
+    plans = [dataclasses.replace(made, after=paths(after)) for made in make_plans(found, worker=worker)]
     sweep = directory(found, run_root)
     _check(found, plans, sweep.path.parent, worker=worker, probe=probe)
     need_scheduler(plans[0])

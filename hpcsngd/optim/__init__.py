@@ -14,6 +14,7 @@ from hpcsngd.optim.hybrid import SwitchRule as SwitchRule
 from hpcsngd.optim.hylo import HyLo as HyLo
 from hpcsngd.optim.kfac import KFAC as KFAC
 from hpcsngd.optim.kfac_variants import get_kfac as get_kfac
+from hpcsngd.optim.lbfgs import LBFGS as LBFGS
 from hpcsngd.optim.mfac import MFAC as MFAC
 from hpcsngd.optim.records import LayerCheck as LayerCheck
 from hpcsngd.optim.records import StepRecord as StepRecord
