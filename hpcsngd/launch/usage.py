@@ -19,7 +19,7 @@ from typing import Any
 from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
 from hpcsngd.launch.context import Context
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch.programs import command_output
 from hpcsngd.rundir import Attempt, RunDir
 
 log = logging.getLogger(__name__)
