@@ -26,6 +26,7 @@ from hpcsngd import rundir
 from hpcsngd.config.resolve import Override, Resolved, full_path, resolve
 from hpcsngd.launch import order, sending, submit
 from hpcsngd.launch.plan import Plan
+from hpcsngd.launch.resume import resume
 from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
 from tests.testbed.slurmbed import services
@@ -234,12 +235,13 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
         directives=order.directives("slurm", after=[chain]),
         after=[chain],
     )
-    shot_worker, _ = send(slow(1.0))
+    shot_worker, _ = send(slow(1.0, overrides={"restart.on": ["killed"]}))
     wait_until(lambda: step_of(shot_worker) >= 2, "step 2 of the run whose worker is killed")
     os.kill(worker_pid(shot_worker, 3), signal.SIGKILL)
-    ended = submit.wait(shot_worker, poll_s=0.5)
-    assert (ended.state, ended.attempt, (ended.fault or {})["kind"]) == ("failed", 1, "killed")
-    assert "SIGKILL" in ended.reason
+    wait_until(shot_worker.attempt(1).ended_yaml.exists, "the agent's notice of the killed worker")
+    told = end_of(shot_worker, 1)
+    assert (told["cause"], told["next"]) == ("killed", "requeue")
+    assert "SIGKILL" in told["reason"]
     shot_agent, job_id = send(slow(1.0))
     wait_until(lambda: step_of(shot_agent) >= 2, "step 2 of the run whose agent is killed")
     os.kill(agent_pid(shot_agent, 1), signal.SIGKILL)
@@ -249,6 +251,13 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
         ended.reason
     )
     assert slurm_cluster.wait_state(job_id, {"FAILED", "COMPLETED"}) == "FAILED"
+    assert_nothing_left(shot_agent)
+    # a person may go on with what is not restarted by itself
+    resume(shot_agent, argv=["test"])
+    for shot in (shot_worker, shot_agent):
+        ended = submit.wait(shot, poll_s=0.5)
+        assert (ended.state, ended.attempt) == ("completed", 2), ended.reason
+        assert_equal(shot, unbroken)
     assert_nothing_left(shot_worker, shot_agent)
     ended = submit.wait(chain, poll_s=0.5)
     assert ended.state == "completed", ended.reason
