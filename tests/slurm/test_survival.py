@@ -239,9 +239,6 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
     wait_until(lambda: step_of(shot_worker) >= 2, "step 2 of the run whose worker is killed")
     os.kill(worker_pid(shot_worker, 3), signal.SIGKILL)
     wait_until(shot_worker.attempt(1).ended_yaml.exists, "the agent's notice of the killed worker")
-    told = end_of(shot_worker, 1)
-    assert (told["cause"], told["next"]) == ("killed", "requeue")
-    assert "SIGKILL" in told["reason"]
     shot_agent, job_id = send(slow(1.0))
     wait_until(lambda: step_of(shot_agent) >= 2, "step 2 of the run whose agent is killed")
     os.kill(agent_pid(shot_agent, 1), signal.SIGKILL)
@@ -258,6 +255,10 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
         ended = submit.wait(shot, poll_s=0.5)
         assert (ended.state, ended.attempt) == ("completed", 2), ended.reason
         assert_equal(shot, unbroken)
+    told = end_of(shot_worker, 1)
+    # resubmitted: without node_failure in restart.on the job has --no-requeue
+    assert (told["cause"], told["next"]) == ("killed", "resubmit")
+    assert "SIGKILL" in told["reason"]
     assert_nothing_left(shot_worker, shot_agent)
     ended = submit.wait(chain, poll_s=0.5)
     assert ended.state == "completed", ended.reason
