@@ -67,7 +67,7 @@ def _waiting(plan: Plan, after: str) -> dict[str, Directive]:
     """Returns the plan's directives, and the wait for another array besides what the plan waits for."""
     if not after:
         return plan.directives
-    ((name, term),) = schedulers.QUEUES[plan.scheduler].after([after], succeeded=False).items()
+    ((name, term),) = schedulers.QUEUES[plan.scheduler].after([after]).items()
     both = " && " if plan.scheduler == "lsf" else ","
     before = plan.directives.get(name)
     return {**plan.directives, name: f"{before}{both}{term}" if before else term}

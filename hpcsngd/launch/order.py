@@ -13,8 +13,8 @@ from hpcsngd.rundir import RunDir
 def directives(scheduler: str, *, after: Sequence[RunDir] = (), hold: bool = False) -> dict[str, Directive]:
     """Returns what to ask the scheduler for; nothing for runs that have completed already.
 
-    A job that waits for a run that then fails never starts; `hpcsngd.launch.slurm.Job.waiting` says so. It is
-    not removed by itself: ``--kill-on-invalid-dep`` loses jobs whose predecessor is requeued.
+    The job waits for the end of each run's newest job, however it ends; whether the run has completed by
+    then, goes on in another job or has failed is seen to when the job starts (`hpcsngd.launch.turn`).
 
     Args:
         scheduler: ``slurm``, ``lsf`` or ``local``.
@@ -36,7 +36,7 @@ def directives(scheduler: str, *, after: Sequence[RunDir] = (), hold: bool = Fal
     if problems := [text for state in found if (text := _objection(state, scheduler))]:
         raise PreflightError("\n".join(problems))
     if waiting := [state.job_id for state in found if not state.has_ended]:
-        wanted |= queue.after(waiting, succeeded=True)
+        wanted |= queue.after(waiting)
     return wanted
 
 

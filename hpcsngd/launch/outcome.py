@@ -204,14 +204,14 @@ def _silent(context: Context, *, wait_s: float) -> list[Beat]:
 
 
 def _record_silence(context: Context, silent: Sequence[Beat], stop: Stop) -> None:
-    """Records that an agent is gone: with its node, unless the launcher has noticed and ends the others."""
-    first = silent[0]
-    node = int(first.name.removeprefix("agent")) // context.plan.agents_per_node
-    if stop.is_terminated:
-        kind, text = "killed", f"the agent of node {node} was killed"
-    else:
-        kind, text = "node_failure", f"node {node} fell silent"
-    context.attempt.write_fault(Fault(kind, text, first.host, node=node))
+    """Records that agents are gone: with their nodes, unless the launcher has noticed and ends the others."""
+    # Slurm, too, ends the others of a lost node, but only to start the job again
+    is_kill = stop.is_terminated and not (_speaks(context, silent) and _fate(context) == "restarting")
+    for beat in silent:
+        node = int(beat.name.removeprefix("agent")) // context.plan.agents_per_node
+        kind = "killed" if is_kill else "node_failure"
+        text = f"the agent of node {node} was killed" if is_kill else f"node {node} fell silent"
+        context.attempt.write_fault(Fault(kind, text, beat.host, node=node))
 
 
 def _speaks(context: Context, silent: Sequence[Beat]) -> bool:

@@ -109,6 +109,7 @@ class Plan:
         flavor: of LSF: ``ibm``, ``compatible`` or ``csm``; empty elsewhere.
         batch_host: of LSF: whether the first host is no compute node: ``yes``, ``no`` or ``auto``.
         resource_sets: what the site sets for jsrun, by the names of `ResourceSets`; None: the usual ones.
+        after: paths of runs that must have completed before this one begins, see `hpcsngd.launch.turn`.
     """
 
     site_name: str
@@ -148,6 +149,7 @@ class Plan:
     flavor: Flavor | Literal[""] = ""
     batch_host: Literal["auto", "yes", "no"] = "auto"
     resource_sets: dict[str, Any] | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:

@@ -38,7 +38,11 @@ class _Record(Protocol):
 
 
 class _After(Protocol):
-    def __call__(self, job_ids: Sequence[str], *, succeeded: bool) -> dict[str, Directive]: ...
+    def __call__(self, job_ids: Sequence[str]) -> dict[str, Directive]: ...
+
+
+class _Avoid(Protocol):
+    def __call__(self, hosts: Sequence[str], directives: Mapping[str, Directive]) -> dict[str, Directive]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Scheduler:
         requeue: puts the job that this process runs in back in the queue.
         own_job: what is known of the job that this process runs in.
         job_record: facts about the job that this process runs in, by the scheduler's names.
-        after: directives of a job that waits for others, to succeed or to end.
+        after: directives of a job that waits for the end of others, however they end.
+        avoid: directives of a job that keeps off hosts, besides those that it has; empty where it cannot.
     """
 
     title: str
@@ -70,18 +75,31 @@ class Scheduler:
     own_job: _OwnJob
     job_record: _Record
     after: _After
+    avoid: _Avoid
 
 
 def _own_slurm_job(job_id: str, *, timeout_s: float) -> OwnJob | None:
     return ownjob.ask(job_id, timeout_s=timeout_s)
 
 
-def _after_slurm(job_ids: Sequence[str], *, succeeded: bool) -> dict[str, Directive]:
-    return {"dependency": ("afterok:" if succeeded else "afterany:") + ":".join(job_ids)}
+def _after_slurm(job_ids: Sequence[str]) -> dict[str, Directive]:
+    return {"dependency": "afterany:" + ":".join(job_ids)}
 
 
-def _after_lsf(job_ids: Sequence[str], *, succeeded: bool) -> dict[str, Directive]:
-    return {"w": request.after(job_ids, "done" if succeeded else "ended")}
+def _avoid_slurm(hosts: Sequence[str], directives: Mapping[str, Directive]) -> dict[str, Directive]:
+    own = directives.get("exclude")
+    return {"exclude": ",".join(dict.fromkeys([*([str(own)] if own else []), *hosts]))}
+
+
+def _after_lsf(job_ids: Sequence[str]) -> dict[str, Directive]:
+    return {"w": request.after(job_ids, "ended")}
+
+
+def _avoid_lsf(hosts: Sequence[str], directives: Mapping[str, Directive]) -> dict[str, Directive]:
+    if "nnodes" in directives:
+        return {}  # no -R there; CSM takes a node that fails out of service
+    others = " && ".join(f"hname!={host}" for host in hosts)
+    return {"R": f"select[{others}] {directives.get('R', '')}".strip()}
 
 
 QUEUES: dict[str, Scheduler] = {
@@ -97,6 +115,7 @@ QUEUES: dict[str, Scheduler] = {
         own_job=_own_slurm_job,
         job_record=slurm.job_record,
         after=_after_slurm,
+        avoid=_avoid_slurm,
     ),
     "lsf": Scheduler(
         title="LSF",
@@ -110,6 +129,7 @@ QUEUES: dict[str, Scheduler] = {
         own_job=lsf.own_job,
         job_record=lsf.job_record,
         after=_after_lsf,
+        avoid=_avoid_lsf,
     ),
 }
 

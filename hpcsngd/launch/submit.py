@@ -41,6 +41,7 @@ def submit(
     run_root: Path | None = None,
     worker: str = plan.WORKER,
     directives: Mapping[str, Directive] | None = None,
+    after: Sequence[RunDir] = (),
     probe: bool = False,
     origin: Mapping[str, Any] | None = None,
 ) -> Submitted:
@@ -52,6 +53,7 @@ def submit(
         run_root: folder in which the run directory is made; default: the site's.
         worker: the module that a worker runs; only tests change it.
         directives: more directives for this submission, such as ``hold``; see `hpcsngd.launch.order`.
+        after: runs that must have completed when this one begins, as the directives say to the scheduler.
         probe: whether to try the workers' Python on a node first.
         origin: what the run was made from, such as ``{"rerun_of": name}``; goes into the provenance.
 
@@ -61,7 +63,8 @@ def submit(
         SchedulerError: the scheduler is missing, refuses or does not answer.
     """
     root = (run_root or Path(resolved.site.run_root)).expanduser().absolute()
-    made = preflight.check(resolved, run_root=root, worker=worker, probe=probe)
+    checked = preflight.check(resolved, run_root=root, worker=worker, probe=probe)
+    made = dataclasses.replace(checked, after=paths(after))
     need_scheduler(made)
     record = {
         "config": resolved.to_record(),
@@ -77,6 +80,11 @@ def submit(
         run.write_status(Status("failed", reason, 1, fault=dataclasses.asdict(fault)))
         raise SchedulerError(f"{error} (recorded in {run.path})") from error
     return Submitted(run, job_id)
+
+
+def paths(runs: Sequence[RunDir]) -> tuple[str, ...]:
+    """Returns where runs are, as a plan has it."""
+    return tuple(str(run.path.absolute()) for run in runs)
 
 
 def need_scheduler(made: Plan) -> None:

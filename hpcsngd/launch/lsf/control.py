@@ -61,13 +61,13 @@ class Pulse:
         beats: rises with each.
         left_s: seconds until the run limit.
         restarts: how often LSF has started the job again.
-        fate: ``RUN``; ``REQUEUED`` once it will start again; ``PREEMPTED`` or ``KILLED`` once LSF ends it.
+        fate: ``RUNNING``; once LSF ends it ``REQUEUED``, ``PREEMPTED`` or ``KILLED``.
     """
 
     beats: int
     left_s: float
     restarts: int
-    fate: str = "RUN"
+    fate: str = "RUNNING"
 
 
 class Control:

@@ -74,7 +74,7 @@ class Head:
     straggler_s: float | None = None
     received: list[int] = field(default_factory=list)
     orders: list[int] = field(default_factory=list)
-    _fate: str = "RUN"
+    _fate: str = "RUNNING"
     _beats: int = 0
     _next_beat: float = 0.0
     _began: float = field(default_factory=time.monotonic)
@@ -114,7 +114,7 @@ class Head:
                 # a launcher that was reached by it may have stopped itself and its tasks
                 for launcher in self._launchers:
                     _signal_group(launcher.pid, signal.SIGCONT)
-            elif self._fate == "RUN":
+            elif self._fate == "RUNNING":
                 self._fate = _fate(self.work.job_id)
                 self._next_beat = 0.0
                 self._beat()

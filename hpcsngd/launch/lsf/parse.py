@@ -7,6 +7,7 @@ reasons stand in ``bjobs -l`` and ``bhist -l``, which IBM's programs wrap in the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -108,10 +109,10 @@ def stories(text: str) -> dict[str, Story]:
     """Returns id -> story for the output of ``bjobs -l`` or ``bhist -l`` about one or more jobs."""
     joined = _WRAP.sub("", text)
     heads = list(_HEAD.finditer(joined))
-    ends = [head.start() for head in heads[1:]] + [len(joined)]
+    bounds = [*(head.start() for head in heads), len(joined)]
     return {
-        f"{head['id']}_{head['index']}" if head["index"] else head["id"]: _story(joined[head.start() : end])
-        for head, end in zip(heads, ends, strict=True)
+        f"{head['id']}_{head['index']}" if head["index"] else head["id"]: _story(joined[start:end])
+        for head, (start, end) in zip(heads, itertools.pairwise(bounds), strict=True)
     }
 
 

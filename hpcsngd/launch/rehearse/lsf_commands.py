@@ -126,9 +126,9 @@ def _size(options: dict[str, str], cluster: Cluster) -> tuple[int, int]:
     if cluster.flavor == "csm":
         nodes = int(options["nnodes"])
         return nodes, nodes * cluster.slots
-    text = options.get("n", "1")
+    text = options.get("n", "1").partition(",")[0]  # of a range, the least
     if not text.isdigit():
-        raise RefusedError(f"{text}: Bad argument for option -n")
+        raise RefusedError("Bad argument for option -n")
     slots, ptile = int(text), _PTILE.search(options.get("R", ""))
     per_host = int(ptile[1]) if ptile else cluster.slots
     if per_host > cluster.slots or slots > cluster.slots * len(cluster.hosts):
