@@ -207,6 +207,23 @@ class CsvWriter:
         self._file.flush()
 
 
+def write_table(path: Path, table: Table, rows: Iterable[Mapping[str, Value]]) -> None:
+    """Writes a whole CSV file of a table: all rows or, after a kill, none; an older file is replaced.
+
+    Raises:
+        TypeError: a row lacks a column or has an unknown one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    writer = CsvWriter(temporary, table)
+    try:
+        for row in rows:
+            writer.write(**row)
+    finally:
+        writer.close()
+    temporary.replace(path)
+
+
 def _text(value: Value) -> str:
     if isinstance(value, bool):
         return str(int(value))
@@ -516,11 +533,22 @@ def open_run(path: Path) -> RunDir:
         there = "has no run.yaml: it is not a run directory" if run.path.is_dir() else "is not a directory"
         what = there if run.path.exists() else "does not exist"
         raise RunDirError(f"{run.path} {what}")
-    schema = run.record().get("schema")
+    checked_record(run)
+    return run
+
+
+def checked_record(run: RunDir) -> dict[str, Any]:
+    """Returns the content of ``run.yaml``.
+
+    Raises:
+        RunDirError: it is damaged, or has a schema that this version does not know.
+    """
+    record = run.record()
+    schema = record.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         advice = (
             "upgrade hpcsngd to read it" if newer else "it was not written by any known version of hpcsngd"
         )
         raise RunDirError(f"{run.run_yaml}: schema {schema!r}; this version knows {SCHEMA}: {advice}")
-    return run
+    return record
