@@ -19,7 +19,6 @@ from hpcsngd.config.site import Site
 from hpcsngd.errors import ConfigError
 from hpcsngd.resources import named_files
 
-
 EXPLAINED = frozenset(f"experiment.{key}" for key in ("paper", "reference", "corrections", "published"))
 """Keys that `explanation` tells in words."""
 
