@@ -31,6 +31,7 @@ VERBS = {
     "sites": "configuration",
     "experiments": "configuration",
     "doctor": "doctor",
+    "rehearse": "rehearse",
 }
 """Verb -> module of this package that has a command of that name; in the order of ``--help``."""
 

@@ -53,7 +53,13 @@ def submit(
 
         waiting = order.directives(matrix.cells[0].resolved.site.scheduler.kind, after=runs, hold=hold)
         submit_sweep(
-            matrix, directives=waiting, probe=probe, dry_run=dry_run, wait_for_it=wait_for_it, as_json=as_json
+            matrix,
+            directives=waiting,
+            after=runs,
+            probe=probe,
+            dry_run=dry_run,
+            wait_for_it=wait_for_it,
+            as_json=as_json,
         )
         return
     resolved = smallest.choose(**choice) if smoke else resolve_choice(**choice)
@@ -65,7 +71,7 @@ def submit(
         return
     from hpcsngd.launch.submit import submit as send
 
-    submitted = send(resolved, argv=sys.argv[1:], directives=waiting, probe=probe)
+    submitted = send(resolved, argv=sys.argv[1:], directives=waiting, after=runs, probe=probe)
     run = submitted.run
     if not as_json:
         click.echo(f"submitted {run.name}: job {submitted.job_id} on site {resolved.site_name}")

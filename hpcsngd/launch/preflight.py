@@ -16,7 +16,8 @@ from pathlib import Path
 
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import partitions, plan, refusals, secrets
+from hpcsngd.launch import limits, partitions, plan, refusals, secrets
+from hpcsngd.launch.lsf import queues
 from hpcsngd.launch.plan import Host, Plan
 from hpcsngd.launch.probe import probe as try_python
 
@@ -84,6 +85,10 @@ def folder_problems(run_root: Path) -> Iterator[str]:
 def scheduler_problems(resolved: Resolved) -> list[str]:
     """Returns what the scheduler's tables say against a request; nothing where they cannot be read."""
     scheduler = resolved.site.scheduler
+    if scheduler.kind == "lsf" and shutil.which("bqueues"):
+        queue = None if "q" in scheduler.skip_options else limits.queue(resolved)
+        known = queues.ask(timeout_s=scheduler.command_timeout_s)
+        return list(queues.problems(queue, known, resolved.origins.get("site.scheduler.queue", "")))
     if scheduler.kind != "slurm" or shutil.which("scontrol") is None:
         return []
     dropped = set(scheduler.skip_options)
@@ -93,7 +98,7 @@ def scheduler_problems(resolved: Resolved) -> list[str]:
     }
     request = partitions.Request(
         nodes=resolved.nodes,
-        walltime_min=refusals.job_walltime_min(resolved),
+        walltime_min=limits.job_walltime_min(resolved),
         partition=asked["partition"] or None,
         account=asked["account"] or None,
         qos=asked["qos"] or None,

@@ -18,7 +18,7 @@ from typing import Any
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, preflight, provenance, sending, status
+from hpcsngd.launch import plan, preflight, provenance, schedulers, sending, status
 from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import Fault, RunDir, Status
 
@@ -41,6 +41,7 @@ def submit(
     run_root: Path | None = None,
     worker: str = plan.WORKER,
     directives: Mapping[str, Directive] | None = None,
+    after: Sequence[RunDir] = (),
     probe: bool = False,
     origin: Mapping[str, Any] | None = None,
 ) -> Submitted:
@@ -52,6 +53,7 @@ def submit(
         run_root: folder in which the run directory is made; default: the site's.
         worker: the module that a worker runs; only tests change it.
         directives: more directives for this submission, such as ``hold``; see `hpcsngd.launch.order`.
+        after: runs that must have completed when this one begins, as the directives say to the scheduler.
         probe: whether to try the workers' Python on a node first.
         origin: what the run was made from, such as ``{"rerun_of": name}``; goes into the provenance.
 
@@ -61,7 +63,8 @@ def submit(
         SchedulerError: the scheduler is missing, refuses or does not answer.
     """
     root = (run_root or Path(resolved.site.run_root)).expanduser().absolute()
-    made = preflight.check(resolved, run_root=root, worker=worker, probe=probe)
+    checked = preflight.check(resolved, run_root=root, worker=worker, probe=probe)
+    made = dataclasses.replace(checked, after=paths(after))
     need_scheduler(made)
     record = {
         "config": resolved.to_record(),
@@ -79,16 +82,22 @@ def submit(
     return Submitted(run, job_id)
 
 
+def paths(runs: Sequence[RunDir]) -> tuple[str, ...]:
+    """Returns where runs are, as a plan has it."""
+    return tuple(str(run.path.absolute()) for run in runs)
+
+
 def need_scheduler(made: Plan) -> None:
     """Refuses to go on where the plan's scheduler cannot be reached.
 
     Raises:
         SchedulerError: its commands are not in PATH.
     """
-    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
+    scheduler = schedulers.of(made.scheduler)
+    if scheduler and shutil.which(scheduler.submit_program) is None:
         raise SchedulerError(
-            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
-            "(--dry-run works anywhere)"
+            f"{scheduler.submit_program} is not in PATH, but site {made.site_name} needs {scheduler.title}: "
+            "submit from a login node (--dry-run works anywhere)"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import plan
+from hpcsngd.launch import directives, plan
 from hpcsngd.launch.plan import Host, Plan
 
 from .conftest import Configure
@@ -67,7 +67,7 @@ def test_job_names_are_what_schedulers_accept(name: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("gb", "text"), [(None, None), (0, "0"), (480, "480G"), (1.5, "1536M")])
 def test_memory_in_slurms_words(gb: float | None, text: str | None) -> None:
-    assert plan.memory(gb) == text
+    assert directives.memory(gb) == text
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,6 @@ def test_all_refusals_come_at_once(configure: Configure, host: Host) -> None:
     ("site", "overrides", "words"),
     [
         (changed(status="retired"), {}, "the system is retired"),
-        (changed(scheduler={"kind": "lsf"}), {}, "lsf is not supported yet"),
         (changed(scheduler={"kind": "ssh"}), {}, "ssh is not supported yet"),
         (changed(launch={"launcher": "jsrun"}), {}, "jsrun does not work with slurm"),
         (changed(launch={"launcher": "none"}), {"nodes": 2}, "none starts one agent, but this job needs 2"),

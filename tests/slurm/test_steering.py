@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm_cluster")]
 
 
-def send(configure: Configure, behavior: str, **directives: Directive) -> submit.Submitted:
+def send(
+    configure: Configure, behavior: str, *, after: Sequence[rundir.RunDir] = (), **directives: Directive
+) -> submit.Submitted:
     resolved = configure("per_rank", env={"STANDIN": behavior})
-    return submit.submit(resolved, argv=["test"], worker=STANDIN, directives=directives)
+    return submit.submit(resolved, argv=["test"], worker=STANDIN, directives=directives, after=after)
 
 
 def state_of(run: rundir.RunDir) -> status.RunState:
@@ -48,8 +51,8 @@ def shim(folder: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
 def test_a_held_run_and_the_one_after_it(slurm_cluster: SlurmCluster, configure: Configure) -> None:
     first = send(configure, "ok", **order.directives("slurm", hold=True))
     waiting = order.directives("slurm", after=[first.run])
-    assert waiting == {"dependency": f"afterok:{first.job_id}"}
-    second = send(configure, "ok", **waiting)
+    assert waiting == {"dependency": f"afterany:{first.job_id}"}
+    second = send(configure, "ok", after=[first.run], **waiting)
     # Slurm names the dependency only after its scheduler has looked at the job.
     wait_until(lambda: state_of(second.run).reason.startswith("Dependency"), "the reason", timeout_s=60)
     found = status.states([first.run, second.run])
@@ -85,6 +88,7 @@ def test_a_waiting_run_is_expected_to_start(slurm_cluster: SlurmCluster, configu
 
 def test_cancel_while_it_waits(slurm_cluster: SlurmCluster, configure: Configure) -> None:
     submitted = send(configure, "ok", hold=True)
+    behind = send(configure, "ok", after=[submitted.run], **order.directives("slurm", after=[submitted.run]))
     [done] = cancel([submitted.run])
     assert (done.state, done.was_sent) == ("pending", True)
     ended = submitted.run.status()
@@ -96,6 +100,10 @@ def test_cancel_while_it_waits(slurm_cluster: SlurmCluster, configure: Configure
     assert (again.was_sent, again.text) == (False, "had ended already: cancelled")
     with pytest.raises(PreflightError, match="it is cancelled"):
         order.directives("slurm", after=[submitted.run])
+    never = submit.wait(behind.run, poll_s=0.5)
+    words = f"configuration: it was to start after {submitted.run.name}, which is cancelled (cancelled by "
+    assert (never.state, never.reason.startswith(words)) == ("failed", True), never.reason
+    assert reports(behind.run) == []
 
 
 def test_cancel_while_it_runs_then_resume_with_less(
