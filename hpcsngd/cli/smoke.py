@@ -35,15 +35,25 @@ def choose(**choice: Any) -> Resolved:
         resolved = matrix.cells[0].resolved
     else:
         resolved = resolve_choice(**choice)
-    name = resolved.experiment.data.name
-    folder = Path(resolved.site.run_root).expanduser().absolute() / FOLDER / __version__ / name
-    if DATASETS[name].needs_root and not folder.exists():
-        _write(name, folder)
-    return smoke.scaled_down(resolved, str(folder))
+    write_data(resolved)
+    return smoke.scaled_down(resolved, str(data_root(resolved)))
 
 
-def _write(name: str, folder: Path) -> None:
-    """Writes a tiny data set, all of it or nothing."""
+def data_root(resolved: Resolved) -> Path:
+    """Returns the folder of an experiment's tiny data set, which `write_data` fills."""
+    run_root = Path(resolved.site.run_root).expanduser().absolute()
+    return run_root / FOLDER / __version__ / resolved.experiment.data.name
+
+
+def write_data(resolved: Resolved) -> None:
+    """Writes the tiny data set that an experiment needs, all of it or nothing, once for all runs.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    name, folder = resolved.experiment.data.name, data_root(resolved)
+    if folder.exists() or not DATASETS[name].needs_root:
+        return
     from hpcsngd.train import tinydata
 
     making = folder.with_name(f".{name}-{os.getpid()}")
