@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.timeout(580),
+    pytest.mark.timeout(900),
     pytest.mark.usefixtures("slurm_cluster"),
 ]
 
