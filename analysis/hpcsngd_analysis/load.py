@@ -206,6 +206,8 @@ def _read_metrics(run: RunDir, wanted: Sequence[Table]) -> tuple[dict[str, pd.Da
 
 def _last_attempts(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """Returns the rows that count, ordered by step: for each key the one of the last attempt."""
+    if not len(frame):
+        return frame
     key = [*table.key, "rank"] if table.per_rank else list(table.key)
     if "attempt" not in frame:
         return frame.drop_duplicates(key, keep="last", ignore_index=True)
