@@ -26,6 +26,7 @@ VERBS = {
     "rerun": "runs",
     "diff": "runs",
     "report": "report",
+    "landscape": "landscape",
     "container": "container",
     "show": "configuration",
     "sites": "configuration",

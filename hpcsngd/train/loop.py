@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import ShardedSampler
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import Strategy
-from hpcsngd.train.tasks import Evaluated, Task
+from hpcsngd.train.tasks import Evaluated, Evaluation, Task
 
 log = logging.getLogger(__name__)
 
@@ -256,6 +256,9 @@ class Trainer:
         progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
         self._recorder.evaluation(progress, time.perf_counter() - started)
         self._recorder.dice(progress.step, evaluation.patients)
+        is_last = progress.step == self._config.epochs * self._sampler.steps_per_epoch
+        if is_last and evaluation.confusion is not None:
+            self._recorder.confusion(progress.step, evaluation.confusion)
         log.info(
             "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; lr %.3g, %.1f s trained",
             progress.step // self._sampler.steps_per_epoch,
@@ -268,19 +271,17 @@ class Trainer:
             progress.train_s,
         )
 
-    @torch.no_grad()
     def _over_test_set(self) -> Evaluated:
         """Returns what the task makes of the test set, each sample once."""
-        parts, evaluation = self._parts, self._task.evaluation(self._parts.device)
-        parts.model.eval()
-        for indices, batch in zip(self._test.sampler, self._test, strict=True):
-            self._pulse.at("evaluate")
-            images, targets = self._to_device(batch)
-            with devices.autocast(self._config.precision, parts.device):
-                outputs = parts.model(images)
-            evaluation.add(indices, outputs, targets)
-        parts.model.train()
-        return evaluation.result()
+        evaluation = self._task.evaluation(self._parts.device)
+        return evaluate(
+            self._parts.model,
+            self._test,
+            evaluation,
+            move=self._to_device,
+            precision=self._config.precision,
+            tick=lambda: self._pulse.at("evaluate"),
+        )
 
     def _save(self) -> None:
         parts, step, started = self._parts, self.progress.step, time.monotonic()
@@ -312,15 +313,50 @@ class Trainer:
         )
 
     def _to_device(self, batch: Batch) -> Batch:
-        images, targets = batch
-        device = self._parts.device
-        layout = torch.channels_last if self._config.model.channels_last else torch.preserve_format
-        moved = images.to(device, non_blocking=True, memory_format=layout)
-        return moved, targets.to(device, non_blocking=True)
+        return to_device(batch, self._parts.device, is_channels_last=self._config.model.channels_last)
 
     def _advice(self) -> str:
         kept = f"the checkpoint of step {self._saved_step} stays" if self._saved_step else "no checkpoint yet"
         return f"lr {self._config.optimizer.lr:g} may be too large; {kept}"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: DataLoader[Batch],
+    evaluation: Evaluation,
+    *,
+    move: Callable[[Batch], Batch],
+    precision: str,
+    tick: Callable[[], None] = lambda: None,
+) -> Evaluated:
+    """Returns what an evaluation makes of a model, which goes to evaluation mode and back to training mode.
+
+    Args:
+        model: on this rank's device.
+        batches: this rank's.
+        evaluation: takes the outputs; its result is collective.
+        move: brings a batch to the device.
+        precision: of the forward pass.
+        tick: called for each batch.
+    """
+    model.eval()
+    for indices, batch in zip(batches.sampler, batches, strict=True):
+        tick()
+        images, targets = move(batch)
+        with devices.autocast(precision, images.device):
+            outputs = model(images)
+        evaluation.add(indices, outputs, targets)
+    model.train()
+    return evaluation.result()
+
+
+def to_device(batch: Batch, device: torch.device, *, is_channels_last: bool) -> Batch:
+    """Returns a batch on a device, images in the model's memory format."""
+    images, targets = batch
+    layout = torch.channels_last if is_channels_last else torch.preserve_format
+    moved = images.to(device, non_blocking=True, memory_format=layout)
+    return moved, targets.to(device, non_blocking=True)
 
 
 def flat_gradients(model: nn.Module) -> Tensor:

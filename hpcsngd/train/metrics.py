@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from hpcsngd import dist, rundir
 from hpcsngd.config.experiment import Diagnostics
 from hpcsngd.optim import StepRecord
@@ -160,6 +162,21 @@ class Recorder:
         for patient, (slices, value) in patients.items():
             self._put("dice", **self._place(step), patient=patient, slices=slices, dice=value)
 
+    def confusion(self, step: int, counts: Tensor) -> None:
+        """Writes confusion.csv, without pairs that do not occur.
+
+        Args:
+            step: steps done.
+            counts: ``(classes, classes)``: samples by label (row) and prediction (column).
+        """
+        if "confusion" in self._wanted:
+            here = {**self._place(step), "split": self._evaluated}
+            rows = (
+                {**here, "label": label, "predicted": predicted, "count": int(counts[label, predicted])}
+                for label, predicted in counts.nonzero().tolist()
+            )
+            rundir.write_table(self._run.metrics("confusion"), TABLES["confusion"], rows)
+
     def gradient_norms(self, step: int, norms: Mapping[str, float]) -> None:
         """Writes rows of grad_norm.csv."""
         for layer, norm in norms.items():
@@ -249,7 +266,7 @@ class Recorder:
 
 
 def _tables(diagnostics: Diagnostics) -> list[str]:
-    wanted = ["train", "eval", "dice", "switches", "quantify"]
+    wanted = ["train", "eval", "dice", "confusion", "switches", "quantify"]
     if diagnostics.profiling:
         wanted += ["profiling", "communication", "memory"]
     if diagnostics.rank_analysis:

@@ -14,9 +14,11 @@ from hpcsngd import dist, rundir
 from hpcsngd.config import resolve
 from hpcsngd.config.experiment import Experiment
 from hpcsngd.rundir import RunDir
+from hpcsngd.tables import TABLES
 from hpcsngd.train import data, devices, models, optimizers, seeds, tasks
 from hpcsngd.train.checkpoint import Checkpoints, Loaded
 from hpcsngd.train.faults import SettingError
+from hpcsngd.train.layers import layer_rows
 from hpcsngd.train.loop import Parts, Trainer
 from hpcsngd.train.metrics import Progress, Recorder
 from hpcsngd.train.pulse import Pulse
@@ -83,7 +85,7 @@ def train(
             sampler=sampler,
             train=train_batches,
             test=test_batches,
-            task=tasks.build(config, splits.test.groups),
+            task=tasks.build(config, splits.num_classes, splits.test.groups),
             recorder=recorder,
             checkpoints=checkpoints,
             stop_request=stop_request,
@@ -108,18 +110,10 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
     scaler = devices.make_scaler(config.precision, device)
     images = splits.train
     seeds.seed_streams(seeds.derive(config.seed, "weights"))
-    model = models.build_model(
-        config.model.name,
-        splits.num_classes,
-        images.channels,
-        images.size,
-        blurpool=config.model.blurpool,
-        **config.model.args,
-    ).to(device)
-    if config.model.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+    model = build_model(config, splits, device)
     if dist.rank() == 0:
         _summarize(run, model, images, device)
+        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
     strategy = STRATEGIES[config.strategy]()
     trained = strategy.prepare(model, device)
     shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
@@ -136,6 +130,22 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
             log.info("layer %s keeps its plain gradient: %s", name, reason)
     built = optimizers.build_optimizers(model, config.optimizer)
     return Parts(model, trained, strategy, built, preconditioner, scaler, device)
+
+
+def build_model(config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
+    """Returns an experiment's model for its data; the weights come from torch's random stream."""
+    images = splits.train
+    model = models.build_model(
+        config.model.name,
+        splits.num_classes,
+        images.channels,
+        images.size,
+        blurpool=config.model.blurpool,
+        **config.model.args,
+    ).to(device)
+    if config.model.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+    return model
 
 
 def _summarize(run: RunDir, model: nn.Module, images: data.Samples, device: torch.device) -> None:

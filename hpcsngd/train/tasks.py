@@ -25,10 +25,13 @@ class Evaluated:
     Attributes:
         sums: over all samples, each once.
         patients: patient -> number of slices, Dice coefficient of the volume; empty for other tasks.
+        confusion: ``(classes, classes)``, int64: samples of each class (row) by the class that the model says
+            (column); None for other tasks.
     """
 
     sums: Sums
     patients: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    confusion: Tensor | None = None
 
 
 class Evaluation(Protocol):
@@ -58,11 +61,12 @@ class Classification:
     """A class for each image.
 
     Args:
+        classes: how many there are.
         smoothing: of labels, in training.
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
-        self._smoothing = smoothing
+    def __init__(self, classes: int, smoothing: float = 0.0) -> None:
+        self._classes, self._smoothing = classes, smoothing
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the summed cross-entropy, with smoothed labels."""
@@ -74,21 +78,25 @@ class Classification:
 
     def evaluation(self, device: torch.device) -> Evaluation:
         """Returns an evaluation by cross-entropy without smoothing."""
-        return _ClassificationSums(device)
+        return _ClassificationSums(self._classes, device)
 
 
 class _ClassificationSums:
-    def __init__(self, device: torch.device) -> None:
-        self._task = Classification()
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self._task = Classification(classes)
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
     def add(self, indices: list[int], outputs: Tensor, targets: Tensor) -> None:
         loss = self._task.loss(outputs, targets).double()
         self._sums += torch.stack([loss, self._task.score(outputs, targets), loss.new_tensor(len(targets))])
+        pairs = targets * len(self._confusion) + outputs.argmax(dim=1)
+        # unlike bincount this does not wait for a GPU
+        self._confusion.view(-1).index_add_(0, pairs, torch.ones_like(pairs))
 
     def result(self) -> Evaluated:
         loss, correct, count = dist.all_reduce_sum(self._sums).tolist()
-        return Evaluated(Sums(loss, correct, int(count)))
+        return Evaluated(Sums(loss, correct, int(count)), confusion=dist.all_reduce_sum(self._confusion))
 
 
 class Segmentation:
@@ -150,13 +158,14 @@ class _Volumes:
         return Evaluated(sums, dict(zip(self._names, rows, strict=True)))
 
 
-def build(config: Experiment, groups: Mapping[str, int]) -> Task:
+def build(config: Experiment, classes: int, groups: Mapping[str, int]) -> Task:
     """Returns an experiment's task.
 
     Args:
         config: the experiment.
+        classes: outputs of the model.
         groups: patient -> number of slices of the set that is evaluated; empty for classification.
     """
     if config.task == "segmentation":
         return Segmentation(config.loss.smooth, groups)
-    return Classification(config.loss.label_smoothing)
+    return Classification(classes, config.loss.label_smoothing)

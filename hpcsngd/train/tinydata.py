@@ -8,11 +8,12 @@ except for stored features.
 from __future__ import annotations
 
 import gzip
+import io
 import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ def _write_cifar10(root: Path) -> None:
             b"data": pixels,
             b"filenames": [f"image_{number}.png".encode() for number in range(len(labels))],
         }
-        _write_pickle(root / "cifar-10-batches-py" / name, content)
+        _write_pickle(root / "cifar-10-batches-py" / name, content, python=2)
 
 
 def _write_cifar100(root: Path) -> None:
@@ -92,7 +93,7 @@ def _write_cifar100(root: Path) -> None:
             b"coarse_labels": (labels // 5).tolist(),
             b"data": pixels,
         }
-        _write_pickle(root / "cifar-100-python" / name, content)
+        _write_pickle(root / "cifar-100-python" / name, content, python=2)
 
 
 def _write_imagenet(root: Path) -> None:
@@ -116,16 +117,30 @@ def _write_small_imagenet(size: int, root: Path) -> None:
     parts = zip(np.array_split(pixels, 10), np.array_split(labels, 10), strict=True)
     for number, (some, theirs) in enumerate(parts, start=1):
         content = {"data": some, "labels": (theirs + 1).tolist(), "mean": mean}
-        _write_pickle(folder / f"train_data_batch_{number}", content)
+        _write_pickle(folder / f"train_data_batch_{number}", content, python=3)
     pixels, labels = images(TEST, (3 * size * size,), seed=1)
-    _write_pickle(folder / "val_data", {"data": pixels, "labels": (labels + 1).tolist()})
+    _write_pickle(folder / "val_data", {"data": pixels, "labels": (labels + 1).tolist()}, python=3)
 
 
-def _write_pickle(file: Path, content: dict[Any, Any]) -> None:
-    """Writes a pickle as the published ones are: protocol 2, numpy's functions by their names of then."""
+def _write_pickle(file: Path, content: dict[Any, Any], python: Literal[2, 3]) -> None:
+    """Writes a pickle as that Python did, with numpy's functions by their names of then."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = pickle.dumps(content, protocol=2)
+    stream = io.BytesIO()
+    (_Python2Pickler if python == 2 else pickle.Pickler)(stream, protocol=2).dump(content)
+    text = stream.getvalue()
     file.write_bytes(text.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+
+
+class _Python2Pickler(pickle._Pickler):  # noqa: SLF001 - the C one cannot be taught to write bytes this way
+    """Writes bytes as Python 2 wrote its strings, which is how the published files hold keys and arrays."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # noqa: SLF001
+
+    def save_bytes(self, value: bytes) -> None:
+        """Writes the operation BINSTRING: length and bytes."""
+        self.write(b"T" + len(value).to_bytes(4, "little") + value)  # type: ignore[attr-defined]
+
+    dispatch[bytes] = save_bytes
 
 
 def _write_mri(root: Path) -> None:

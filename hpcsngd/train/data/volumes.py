@@ -61,15 +61,15 @@ def resize(volume: Array, size: int, *, order: int) -> Array:
     """
     from scipy import ndimage
 
-    factors = [1.0, size / volume.shape[1], size / volume.shape[2], *[1.0] * (volume.ndim - 3)]
-    result: Array = ndimage.zoom(
-        volume if order == 0 else volume.astype(np.float32),
-        factors,
-        order=order,
-        mode="grid-constant",
-        grid_mode=True,
-    )
-    return result
+    factors = (size / volume.shape[1], size / volume.shape[2])
+    planes = np.moveaxis(volume.reshape(*volume.shape[:3], -1), -1, 1)
+    result = np.empty((*planes.shape[:2], size, size), dtype=volume.dtype if order == 0 else np.float32)
+    # Each plane by itself: splines go through their points, so the other two axes would change nothing, but
+    # scipy pads every axis that it is given.
+    for place in np.ndindex(*planes.shape[:2]):
+        plane = planes[place] if order == 0 else planes[place].astype(np.float32)
+        ndimage.zoom(plane, factors, result[place], order=order, mode="grid-constant", grid_mode=True)
+    return np.moveaxis(result, 1, -1).reshape(len(volume), size, size, *volume.shape[3:])
 
 
 def standardize(volume: Array) -> Array:
