@@ -178,7 +178,7 @@ class Book:
         with (self._jobs / f"{key}.keeper").open("ab") as log:
             subprocess.Popen(
                 words,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                env={**_unmarked(), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -247,6 +247,12 @@ class Book:
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
         fresh.replace(file)
+
+
+def _unmarked() -> dict[str, str]:
+    """Returns our environment without a job's marks: a job submitted by a job must outlive that one."""
+    marks = (cluster.JOB, cluster.HOST)
+    return {name: value for name, value in os.environ.items() if name not in marks}
 
 
 def _job(values: dict[str, Any]) -> Job:
