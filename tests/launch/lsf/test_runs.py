@@ -14,7 +14,7 @@ import pytest
 from hpcsngd import rundir
 from hpcsngd.config import matrix
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import order, plan, probe, status, submit, sweep, sweep_status
+from hpcsngd.launch import order, plan, probe, status, submit, sweep, sweep_scripts, sweep_status
 from hpcsngd.launch.cancel import cancel
 from hpcsngd.launch.executors import LsfSiteExecutor
 from hpcsngd.launch.plan import Host
@@ -266,3 +266,16 @@ def test_a_probe_is_a_short_job_on_one_host(play: Play, configure: Configure, tm
     assert (book.jobs()[0].name, book.jobs()[0].nodes) == ("hpcsngd-probe", 1)
     with pytest.raises(PreflightError, match="the probe failed"):
         probe.probe(dataclasses.replace(made, preload=("false",)), tmp_path)
+
+
+def test_the_dry_run_of_a_sweep_shows_the_array(configure: Configure, host: Host, tmp_path: Path) -> None:
+    configure(site())
+    files = (str(tmp_path / "testsite.yaml"), str(tmp_path / "standin.yaml"))
+    found = matrix.resolve(*files, (), [matrix.parse("seed=1,2,3")], environment={})
+    assert found is not None
+    text = sweep_scripts.dry_run(found, host=host, directives={"H": True})
+    (line,) = [line for line in text.splitlines() if line.startswith("bsub ")]
+    assert line.startswith("bsub -J 'standin[1-3]' ")
+    assert " -H " in line
+    assert "%J_%I_lsf.out" in line
+    assert "-m hpcsngd.launch.cell" in text
