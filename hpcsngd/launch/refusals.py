@@ -203,12 +203,20 @@ def _image(resolved: Resolved, wanted: Container, host: Host) -> Iterator[str]:
         )
 
 
+def is_data_unseen(resolved: Resolved) -> bool:
+    """Returns whether the data set is on compute nodes alone: nothing can be said of it from here."""
+    site = resolved.site
+    return site.data_root_on == "nodes" and site.scheduler.kind != "local"
+
+
 def _data(resolved: Resolved, host: Host) -> Iterator[str]:
     data = resolved.experiment.data
     facts = DATASETS[data.name]
     if not facts.needs_root or data.download or any(host.exists(path) for path in facts.system_paths):
         return
     root = data.root or resolved.site.data_root
+    if root and is_data_unseen(resolved):
+        return
     if root is None:
         # a cluster's nodes may have the system package that this machine lacks
         if resolved.site.scheduler.kind == "local":
