@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hpcsngd.launch import order, plan, status, submit, sweep, sweep_status
 from hpcsngd.launch.cancel import cancel
 from hpcsngd.launch.executors import LsfSiteExecutor
 from hpcsngd.launch.plan import Host
+from hpcsngd.launch.rehearse import lsf_commands, lsf_listing
+from hpcsngd.launch.rehearse.book import Book
 from hpcsngd.rundir import RunDir
 from tests.launch.conftest import STANDIN, Configure
 
@@ -49,10 +52,10 @@ def reports(run: RunDir) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavor", ["ibm", "csm"])
-def test_a_run_on_two_hosts(play: Play, configure: Configure, flavor: str) -> None:
+@pytest.mark.parametrize(("flavor", "mode"), [("ibm", "torchrun"), ("csm", "torchrun"), ("ibm", "per_rank")])
+def test_a_run_on_two_hosts(play: Play, configure: Configure, flavor: str, mode: str) -> None:
     book = play(flavor)
-    run = send(configure, site("meet"))
+    run = send(configure, site("meet", mode=mode))
     ended = submit.wait(run, poll_s=0.5)
     assert (ended.state, ended.reason) == ("completed", "")
     facts = rundir.read_yaml(run.attempt(1).attempt_yaml)
@@ -169,3 +172,81 @@ def test_the_head_is_told_what_the_plan_says(configure: Configure, host: Host) -
     for option in ("--nodes=2", "--limit-min=30", "--warning-s=45", "--launcher=blaunch", "--straggler-s=60"):
         assert option in executor.script
     assert 'exec >>/runs/r/submit/"${job}_head.log" 2>&1' in executor.script
+
+
+@pytest.mark.slow
+def test_a_job_that_a_person_kills_never_comes_back(play: Play, configure: Configure) -> None:
+    """bkill by hand leaves no note of ours; LSF's history says who it was."""
+    book = play("ibm", grace_s=4.0)
+    run = send(configure, site("stop"), restart__on=["preempted", "timeout"])
+    wait_until(lambda: len(reports(run)) == 4, "the start of the ranks")
+    subprocess.run(["bkill", "101"], check=True, capture_output=True)
+    ended = submit.wait(run, poll_s=0.5)
+    # whether the signal or LSF's word reaches the agent first is the scheduler's affair
+    assert (ended.state, "cancelled" in ended.reason) == ("cancelled", True)
+    wait_until(lambda: book.jobs()[0].has_ended, "the end of the job")
+    assert (book.jobs()[0].restarts, left_over(book)) == (0, [])
+
+
+@pytest.fixture
+def sent(play: Play, configure: Configure) -> tuple[Book, RunDir]:
+    """A run whose held job is shown as the test wants it."""
+    book = play("ibm", forget_s=0.0, facts={"bhist": "denied"})
+    resolved = configure(site(), nodes=1)
+    held = order.directives("lsf", hold=True)
+    return book, submit.submit(resolved, argv=[], worker=STANDIN, directives=held).run
+
+
+def show(book: Book, state: str) -> None:
+    with book.changing("101") as job:
+        job.is_held = False
+        job.after = [("ok", 101)]  # on itself: it never starts
+        job.options[lsf_listing.SHOWN_STATE] = state
+
+
+@pytest.mark.parametrize("word", ["UNKWN", "ZOMBI"])
+def test_a_host_that_cannot_be_reached_is_no_end(sent: tuple[Book, RunDir], word: str) -> None:
+    book, run = sent
+    rundir.write_yaml(run.attempt(1).attempt_yaml, {"start": rundir.utc_now(), "hosts": ["c1"]})
+    show(book, word)
+    state = status.states([run])[0]
+    assert (state.state, state.reason) == ("running", f"LSF calls it {word}")
+
+
+def test_a_forgotten_job_is_judged_by_what_it_left(sent: tuple[Book, RunDir]) -> None:
+    book, run = sent
+    book.ask("101", "kill")
+    wait_until(lambda: book.jobs()[0].has_ended, "the end of the job")
+    state = status.states([run])[0]
+    assert state.state == "lost"
+    assert state.reason.startswith("LSF no longer knows job 101, and it wrote no status (bhist: ")
+    rundir.write_yaml(run.attempt(1).attempt_yaml, {"start": rundir.utc_now(), "hosts": ["c1"]})
+    rundir.write_yaml(run.attempt(1).finished_yaml, {"accuracy": 0.5})
+    assert status.states([run])[0].state == "completed"
+
+
+def test_done_without_a_word_of_ours_is_a_failure(sent: tuple[Book, RunDir]) -> None:
+    book, run = sent
+    show(book, "DONE")
+    state = status.states([run])[0]
+    assert (state.state, state.reason) == ("failed", "the job ended without a status (LSF: DONE)")
+
+
+def test_an_outage_is_no_end(sent: tuple[Book, RunDir]) -> None:
+    book, run = sent
+    (book.folder / lsf_commands.DOWN).touch()
+    state = status.states([run])[0]
+    (book.folder / lsf_commands.DOWN).unlink()
+    assert state.state == "pending"
+    assert "the scheduler cannot be asked: bjobs gave no list: LSF is down." in state.reason
+
+
+def test_the_short_end_of_a_requeued_job_is_none(sent: tuple[Book, RunDir]) -> None:
+    book, run = sent
+    show(book, "DONE")
+    facts = {"state": "preempted", "next": "requeue", "utc": rundir.utc_now()}
+    rundir.write_yaml(run.attempt(1).ended_yaml, facts)
+    state = status.states([run])[0]
+    assert (state.state, state.reason) == ("pending", "it is being put back in the queue (LSF: DONE)")
+    rundir.write_yaml(run.attempt(1).ended_yaml, {**facts, "utc": "2026-01-01T00:00:00+00:00"})
+    assert status.states([run])[0].state == "failed"
