@@ -140,6 +140,7 @@ def _lsf(resolved: Resolved, made: Plan, run_dir: Path, sent: str, bsub: Sequenc
         f"# --- submitted with\n{shlex.join(words)}",
         "# --- where it comes from\n" + explain_bsub(words, resolved),
         f"# --- script that LSF runs {where}\n{sent.rstrip()}",
+        "# --- where it comes from\n" + "\n".join(causes.head(sent, resolved)),
         "# --- it starts agents on the compute nodes with\n" + "\n".join(map(shlex.join, started)),
     ]
     return [*blocks, "# --- where it comes from\n" + "\n".join(why)] if why else blocks
