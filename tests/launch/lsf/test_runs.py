@@ -55,7 +55,7 @@ def reports(run: RunDir) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flavor", "mode"), [("ibm", "torchrun"), ("csm", "torchrun"), ("ibm", "per_rank")])
+@pytest.mark.parametrize(("flavor", "mode"), [("csm", "torchrun"), ("ibm", "per_rank")])
 def test_a_run_on_two_hosts(play: Play, configure: Configure, flavor: str, mode: str) -> None:
     book = play(flavor)
     run = send(configure, site("meet", mode=mode))
