@@ -92,7 +92,11 @@ def rehearse(folder: Path, site: str, *scenes: str) -> tuple[int, dict[str, Any]
                 "rank",
             ],
         ),
-        ("summit", ("restarts",), ["trains", "preemption", "time limit", "told from", "stays cancelled"]),
+        (
+            "summit",
+            ("preemption", "limit"),  # the second goes by the time that the first one's start took
+            ["trains", "preemption", "stays cancelled", "left running", "time limit", "told from"],
+        ),
         ("summit", ("failure",), ["trains", "killed worker"]),
         ("slurm", ("completion",), ["completes", "compute nodes alone", "the master", "rank"]),
     ],
