@@ -24,7 +24,7 @@ from hpcsngd.optim.checks import check_progress
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.gradients import KlClip, Rescale, layer_gradients, rescaled
-from hpcsngd.optim.kaisa import Cost, Grid, factor_cost, place
+from hpcsngd.optim.kaisa import Cost, Grid, inversion_cost, place
 from hpcsngd.optim.kfac_covering import find_covered
 from hpcsngd.optim.kfac_curvature import Curvature
 from hpcsngd.optim.kfac_exchange import Reducer, Scope
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 Observable = Literal["strength"]
 
-_STATE_FORMAT = "kfac/1"
+_STATE_FORMAT = "kfac/2"
 
 #: Multiplications of a matrix product that take as long as a decomposition, in side^3.
 DECOMPOSITION = {"eigen": 20, "cholesky": 2}
@@ -80,8 +80,8 @@ class KFAC(Preconditioner):
     event is logged with layer and step, and counted in `diagnostics`. A layer that no sample used keeps
     everything and is not a failure.
 
-    Phases (``profile``): ``capture`` computes factors, inside the hooks; ``reduce`` communicates them;
-    ``invert``; ``precondition``.
+    Phases (``profile``): ``capture`` computes factors, inside the hooks, ``reduce`` communicates them;
+    ``invert`` computes inverses, ``broadcast`` communicates them; ``precondition``.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper (names are those inside it).
@@ -211,6 +211,7 @@ class KFAC(Preconditioner):
             self._communicator,
             grid,
             self._roles,
+            stopwatch=self._stopwatch,
             dtype=dtype,
             factor_dtype=as_dtype("factor_dtype", factor_dtype),
             is_corrected=bias_correction,
@@ -367,11 +368,9 @@ class KFAC(Preconditioner):
 
     def _costs(self) -> dict[str, list[int]]:
         """Returns what each factor of each layer costs the rank that holds it."""
-        cost = self._options.placement_cost
-        return {
-            layer.name: [factor_cost(shape, cost) for shape in layer.factor_shapes()]
-            for layer in self._layers
-        }
+        is_memory = self._options.placement_cost == "memory"
+        cost = self._options.inverter().kept_numbers if is_memory else inversion_cost
+        return {layer.name: [cost(shape) for shape in layer.factor_shapes()] for layer in self._layers}
 
     def _watch_if_due(self) -> None:
         """Tells the hooks whose factors the coming step updates, as far as this rank's samples count."""

@@ -17,7 +17,7 @@ from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.kaisa import Role
 from hpcsngd.optim.kfac_layers import CoveredLayer, Statistic
-from hpcsngd.optim.packing import pack, packed_numbers, unpack
+from hpcsngd.optim.packing import pack, packed_numbers
 
 #: Whose samples a factor is of: all ranks'; or its holder's alone (DP-KFAC, Zhang et al., IEEE TCC 2022).
 Scope = Literal["all", "local"]
@@ -34,7 +34,7 @@ class Reduced:
 
     Attributes:
         names: of the layers that some sample used and that have no fault; the same on every rank.
-        means: factor -> statistic, of those layers' factors that this rank holds.
+        means: factor -> statistic, packed, of those layers' factors that this rank holds.
         inputs: layer -> how many inputs its A is the mean of.
         faults: layer -> what made its statistic unusable; the same on every rank.
     """
@@ -97,7 +97,7 @@ class Reducer:
     def _sums(
         self, layers: Sequence[CoveredLayer], local: Mapping[str, Statistic | MisalignedError]
     ) -> Iterator[tuple[Item, Tensor]]:
-        """Yields the factors that this rank holds, not yet divided by their counts."""
+        """Yields the factors that this rank holds, packed, not yet divided by their counts."""
         rank = self.communicator.rank
         items = [(layer.name, side) for layer in layers for side in range(len(layer.factor_shapes()))]
         tensors = {
@@ -107,16 +107,15 @@ class Reducer:
             for side, tensor in enumerate(found.tensors)
         }
         if self.communicator.world_size == 1 or self.scope == "local":
-            yield from ((item, tensors[item]) for item in items if self._holder(item) == rank)
+            yield from ((item, pack(tensors[item])) for item in items if self._holder(item) == rank)
             return
         for bucket in _buckets(items, [tensors[item].shape for item in items]):
             flat = [pack(tensors[item]) for item in bucket]
             owners = [self._holder(item) for item in bucket]
-            for item, total in zip(
-                bucket, self.communicator.sum_at_owners("reduce", flat, owners), strict=True
-            ):
-                if total is not None:
-                    yield item, unpack(total, tensors[item].shape)
+            totals = self.communicator.sum_at_owners("reduce", flat, owners)
+            yield from (
+                (item, total) for item, total in zip(bucket, totals, strict=True) if total is not None
+            )
 
     def _holder(self, item: Item) -> int:
         return self.roles[item[0]].holders[item[1]]

@@ -15,7 +15,8 @@ from hpcsngd.optim.fisher import Fisher, LossKind
 from hpcsngd.optim.gradients import Rescale
 from hpcsngd.optim.kaisa import Cost
 from hpcsngd.optim.kfac_exchange import Scope
-from hpcsngd.optim.kfac_inverse import InverseKind, Inverter
+from hpcsngd.optim.kfac_inverse import InverseKind
+from hpcsngd.optim.kfac_inverter import Inverter
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.samplescale import LossReduction
 from hpcsngd.optim.schedules import DampingDecay
