@@ -108,8 +108,8 @@ def parse_enforced(config: str) -> set[str]:
 
 
 def minutes(text: str) -> int | None:
-    """Returns Slurm's ``[days-]hours:minutes:seconds`` in minutes, rounded down; None for ``UNLIMITED``."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    """Returns Slurm's ``[[days-]hours:]minutes:seconds`` in minutes, rounded down; None for ``UNLIMITED``."""
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
     if found is None:
         return None
     days, hours, mins = (int(part or 0) for part in found.groups()[:3])

@@ -33,7 +33,7 @@ def layer_gradients(layer: HasParameters) -> list[Tensor]:
 def gradient_matrices(
     layers: Sequence[Layer], rows_dtype: Callable[[Layer], torch.dtype]
 ) -> dict[str, Tensor]:
-    """Returns ``(d_out, d_in)`` by name for every layer that has its gradients.
+    """Returns ``(d_out, d_in)`` by name for every layer that has its gradients, as views where that can be.
 
     Args:
         layers: covered layers.
@@ -45,11 +45,14 @@ def gradient_matrices(
 
 def write_gradients(layers: Sequence[Layer], matrices: Mapping[str, Tensor]) -> None:
     """Overwrites the gradients of the layers in ``matrices``, which came from `gradient_matrices`."""
+    gradients: list[Tensor] = []
+    pieces: list[Tensor] = []
     for layer in layers:
         if layer.name in matrices:
-            pieces = layer.from_matrix(matrices[layer.name])
-            for gradient, piece in zip(layer_gradients(layer), pieces, strict=True):
-                gradient.copy_(piece)
+            gradients += layer_gradients(layer)
+            pieces += layer.from_matrix(matrices[layer.name])
+    if gradients:
+        torch._foreach_copy_(gradients, pieces)
 
 
 def rescaled(rescale: Rescale, results: Tensor, grads: Tensor, damping: float) -> Tensor:

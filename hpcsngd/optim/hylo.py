@@ -386,10 +386,11 @@ class HyLo(Preconditioner):
             sent = self._curvature.from_owners(grads, self._rescaled)
             for name, matrix in sent.items():
                 self._kl_clip.add(matrix, grads[name])
-            write_gradients(self._layers, results | sent)
+        # Before the gradients are overwritten: the matrices may be views of them.
         with self._stopwatch.phase("observe"):
             self._observe(grads, solved)
         with self._stopwatch.phase("precondition"):
+            write_gradients(self._layers, results | sent)
             covered = [layer for layer in self._layers if self._curvature.is_covered(layer.name)]
             self._kl_clip.apply(covered, self._progress[1] if self._progress else None, self._step)
 

@@ -79,9 +79,8 @@ class Layer:
     def to_matrix(self, parameters: Sequence[Tensor]) -> Tensor:
         """Returns tensors shaped like `parameters` (their gradients, say) as one matrix ``(d_out, d_in)``."""
         weight, *bias = parameters
-        return torch.cat(
-            [self._weights_to_matrices(weight.unsqueeze(0))[0], *(b.unsqueeze(1) for b in bias)], 1
-        )
+        matrix = self._weights_to_matrices(weight.unsqueeze(0))[0]
+        return torch.cat([matrix, *(b.unsqueeze(1) for b in bias)], 1) if bias else matrix
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """Returns a matrix ``(d_out, d_in)`` as tensors shaped like `parameters`."""

@@ -36,7 +36,8 @@ class Stack:
         self._samples, self._damping = first.samples, first.damping
         rows = [curvature.rows for curvature in curvatures]
         self._a, self._g = (torch.stack(tensors) for tensors in zip(*(r.tensors for r in rows), strict=True))
-        self._factor = torch.stack([curvature.factor for curvature in curvatures])
+        # LAPACK solves by columns: a stack laid out by rows would be copied at every step.
+        self._factor = torch.stack([curvature.factor.mT for curvature in curvatures]).mT
         self._mixing = _stacked([curvature.mixing for curvature in curvatures])
         self._span = _stacked([curvature.span for curvature in curvatures])
         scales = [curvature.scale or 0.0 for curvature in curvatures]
@@ -124,7 +125,7 @@ class Stacks:
         result = dict(curvatures)
         for names in groups.values():
             members = [curvatures[name] for name in names]
-            if len(members) == 1:
+            if stack_key(members[0]) is None:
                 self._single[names[0]] = members[0]
                 continue
             stack = old.get(tuple(names))

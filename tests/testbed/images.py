@@ -17,17 +17,17 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from hpcsngd.launch.images import definition, machines
 
-from .slurmbed.errors import EXIT_NO_SLURM_HERE as EXIT_NOT_HERE
-from .slurmbed.errors import EXIT_OK
+from .needs import EXIT_NOT_HERE, refuse_unmarked, require
 
 SCRIPT = Path(__file__).parent / "apptainer"
+INSTALL = "tests/testbed/apptainer install"
 DEFAULT_PREFIX = "/opt/hpcsngd-apptainer"
 FIXTURES = frozenset({"apptainer", "busybox_image", "torch_image"})
 APPLETS = ("sh", "env", "cat", "ls", "printf", "mount", "touch", "pwd", "uname")
@@ -48,35 +48,9 @@ Bootstrap: scratch
 """
 
 
-def require_apptainer(done: subprocess.CompletedProcess[str], env: Mapping[str, str]) -> None:
-    """Ends a test unless the installation succeeded: skips where it cannot, fails where it should.
-
-    Raises:
-        pytest.skip.Exception: on exit code 77, outside continuous integration.
-        pytest.fail.Exception: on exit code 77 where ``CI`` is ``true``, and on every other failure.
-    """
-    if done.returncode == EXIT_OK:
-        return
-    reason = done.stderr.strip() or f"tests/testbed/apptainer install: exit code {done.returncode}"
-    if done.returncode == EXIT_NOT_HERE and env.get("CI", "").lower() != "true":
-        pytest.skip(reason)
-    pytest.fail(reason, pytrace=False)
-
-
-def unmarked(items: Sequence[pytest.Item]) -> list[str]:
-    """Returns the tests that use a runtime, directly or through a fixture, without the marker."""
-    return [
-        item.nodeid
-        for item in items
-        if FIXTURES.intersection(getattr(item, "fixturenames", ()))
-        and item.get_closest_marker("apptainer") is None
-    ]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuses tests that would install Apptainer without saying so."""
-    if names := unmarked(items):
-        raise pytest.UsageError(f"tests that use apptainer need @pytest.mark.apptainer: {', '.join(names)}")
+    refuse_unmarked(items, FIXTURES, "apptainer")
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +60,8 @@ def apptainer() -> Iterator[Path]:
         yield Path(found)
         return
     words = [sys.executable, str(SCRIPT), "install"]
-    require_apptainer(subprocess.run(words, capture_output=True, text=True, check=False), os.environ)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    require(done, INSTALL, os.environ)
     folder = Path(os.environ.get("HPCSNGD_TESTBED_APPTAINER", DEFAULT_PREFIX)) / "bin"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -121,7 +96,7 @@ def torch_image(apptainer: Path) -> Path:
     """The Debian image with torch, built by ``hpcsngd container build`` unless it is kept from before."""
     if definition.apt_mirror() is None:
         reason = "no image with torch: apt here has no Debian mirror to build from"
-        require_apptainer(subprocess.CompletedProcess([], EXIT_NOT_HERE, "", reason), os.environ)
+        require(subprocess.CompletedProcess([], EXIT_NOT_HERE, "", reason), INSTALL, os.environ)
     digest = hashlib.sha256(definition.render(torch_request()).encode()).hexdigest()[:16]
     folder = cache_folder(os.environ)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from .needs import refuse_unmarked, require
 from .slurmbed import claims
 from .slurmbed.cluster import read_facts
-from .slurmbed.errors import EXIT_NO_SLURM_HERE, EXIT_OK
+from .slurmbed.errors import EXIT_OK
 from .slurmbed.layout import Layout
 
 SCRIPT = Path(__file__).parent / "slurm"
@@ -125,35 +126,9 @@ class SlurmCluster:
         )
 
 
-def require_slurm(up: subprocess.CompletedProcess[str], env: Mapping[str, str]) -> None:
-    """Ends a test unless ``up`` succeeded: skips where Slurm cannot be had, fails where it should be.
-
-    Raises:
-        pytest.skip.Exception: On exit code 77, outside continuous integration.
-        pytest.fail.Exception: On exit code 77 where ``CI`` is ``true``, and on every other failure.
-    """
-    if up.returncode == EXIT_OK:
-        return
-    reason = up.stderr.strip() or f"tests/testbed/slurm up: exit code {up.returncode}"
-    if up.returncode == EXIT_NO_SLURM_HERE and env.get("CI", "").lower() != "true":
-        pytest.skip(reason)
-    pytest.fail(reason, pytrace=False)
-
-
-def unmarked(items: Sequence[pytest.Item]) -> list[str]:
-    """Returns the tests that use ``slurm_cluster``, directly or through a fixture, without the marker."""
-    return [
-        item.nodeid
-        for item in items
-        if "slurm_cluster" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slurm") is None
-    ]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuses tests that would start a cluster without saying so."""
-    names = unmarked(items)
-    if names:
-        raise pytest.UsageError(f"tests that use slurm_cluster need @pytest.mark.slurm: {', '.join(names)}")
+    refuse_unmarked(items, {"slurm_cluster"}, "slurm")
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +137,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
     layout = Layout.from_env()
     with claims.usage() as usage, pytest.MonkeyPatch.context() as patch:
         if run_script("status").returncode != EXIT_OK:
-            require_slurm(run_script("up"), os.environ)
+            require(run_script("up"), "tests/testbed/slurm up", os.environ)
             layout.by_tests.touch()
         facts = read_facts(layout)
         assert facts is not None

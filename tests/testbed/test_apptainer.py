@@ -5,37 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.testbed.images import SCRIPT, cache_folder, require_apptainer
+from tests.testbed.images import SCRIPT, cache_folder
 
 pytest_plugins = ["pytester"]
-
-
-def outcome(returncode: int, stderr: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.CompletedProcess(["apptainer", "install"], returncode, stdout="", stderr=stderr)
-
-
-def test_an_installation_lets_the_tests_run() -> None:
-    reached = False
-    with suppress(pytest.skip.Exception, pytest.fail.Exception):
-        require_apptainer(outcome(0), {"CI": "true"})
-        reached = True
-    assert reached
-
-
-def test_a_machine_without_it_skips_with_the_reason() -> None:
-    with pytest.raises(pytest.skip.Exception, match="it takes root"):
-        require_apptainer(outcome(77, "no Apptainer here: it takes root"), {})
-
-
-@pytest.mark.parametrize(("code", "env"), [(77, {"CI": "true"}), (1, {}), (2, {})])
-def test_what_is_a_failure(code: int, env: dict[str, str]) -> None:
-    with pytest.raises(pytest.fail.Exception, match="broken"):
-        require_apptainer(outcome(code, "broken"), env)
 
 
 TEST = """

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed.plugin import require_slurm, run_script
+from tests.testbed.needs import require
+from tests.testbed.plugin import run_script
 from tests.testbed.slurmbed import claims, cli, cluster, config, layout, network, packages, processes
 from tests.testbed.slurmbed.errors import NoSlurmHereError, TestbedError, UsageError
 from tests.testbed.slurmbed.layout import Layout, Shape
@@ -32,7 +33,7 @@ def outcome(returncode: int, stderr: str = "") -> subprocess.CompletedProcess[st
 def test_a_cluster_that_is_up_lets_the_tests_run() -> None:
     reached = False
     with suppress(pytest.skip.Exception, pytest.fail.Exception):
-        require_slurm(outcome(0), {"CI": "true"})
+        require(outcome(0), "slurm up", {"CI": "true"})
         reached = True
     assert reached
 
@@ -40,18 +41,18 @@ def test_a_cluster_that_is_up_lets_the_tests_run() -> None:
 @pytest.mark.parametrize("env", [{}, {"CI": ""}, {"CI": "false"}])
 def test_a_machine_without_slurm_skips_with_the_reason(env: dict[str, str]) -> None:
     with pytest.raises(pytest.skip.Exception, match="it takes root"):
-        require_slurm(outcome(77, "no Slurm here: it takes root"), env)
+        require(outcome(77, "no Slurm here: it takes root"), "slurm up", env)
 
 
 def test_a_missing_install_fails_in_continuous_integration() -> None:
     with pytest.raises(pytest.fail.Exception, match="it takes root"):
-        require_slurm(outcome(77, "no Slurm here: it takes root"), {"CI": "true"})
+        require(outcome(77, "no Slurm here: it takes root"), "slurm up", {"CI": "true"})
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, -9])
 def test_a_broken_testbed_is_a_failure_never_a_skip(code: int) -> None:
     with pytest.raises(pytest.fail.Exception, match=f"exit code {code}"):
-        require_slurm(outcome(code), {})
+        require(outcome(code), "slurm up", {})
 
 
 TWO_TESTS = """

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from hpcsngd.config.fields import walltime_minutes, walltime_text
 from hpcsngd.config.site import Site
+from hpcsngd.launch import partitions
 from hpcsngd.launch.doctor.finding import Finding, broken, ok, warning
 from hpcsngd.launch.doctor.machine import Machine
 
 SLURM_PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "srun", "sinfo")
 SINFO = ("sinfo", "--noheader", "--format=%R|%a|%l|%D|%c|%G")
-_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)$")
 _GPUS = re.compile(r"gpu(?::[^:,()]+)?:(\d+)")
 
 
@@ -48,17 +48,8 @@ def parse_sinfo(text: str) -> list[Partition]:
             gpus = sum(int(count) for count in _GPUS.findall(gres))
             # "8+" stands for nodes that differ: at least 8
             count = int(cpus.rstrip("+"))
-            found.append(Partition(name, state == "up", _minutes(limit), int(nodes), count, gpus))
+            found.append(Partition(name, state == "up", partitions.minutes(limit), int(nodes), count, gpus))
     return found
-
-
-def _minutes(limit: str) -> int | None:
-    """Returns the minutes in ``days-hours:minutes:seconds``; None for ``infinite`` and the like."""
-    match = _LIMIT.match(limit)
-    if match is None:
-        return None
-    days, hours, minutes = (int(match[part] or 0) for part in ("days", "h", "m"))
-    return 24 * 60 * days + 60 * hours + minutes
 
 
 def check(site_name: str | None, site: Site | None, machine: Machine) -> Iterator[Finding]:
