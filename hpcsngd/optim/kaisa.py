@@ -22,6 +22,9 @@ numbers in a layer's gradient:
                       8 sum of B + 16 n: mean eigenvalues, failures                   2 all_reduces
     step              e max over its row of (sum of D of a rank's column)             all_gather in the row
 
+Where `KFAC.begin_step` announces the step, the all_to_alls are begun in the backward pass and counted as
+all_to_all_async, as far as the layers' gradients come there; layers without samples then send zeros.
+
 A group of one rank sends nothing, so there is no inverse to send with ``fraction = 1 / P`` and no gradient
 with 1. With factors of one rank's own samples (``"local"``) the first line is 0.
 """

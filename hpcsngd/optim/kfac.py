@@ -27,13 +27,14 @@ from hpcsngd.optim.gradients import KlClip, Rescale, layer_gradients, rescaled
 from hpcsngd.optim.kaisa import Cost, Grid, inversion_cost, place
 from hpcsngd.optim.kfac_covering import find_covered
 from hpcsngd.optim.kfac_curvature import Curvature
+from hpcsngd.optim.kfac_early import EarlySums
 from hpcsngd.optim.kfac_exchange import Reducer, Scope
 from hpcsngd.optim.kfac_inverse import InverseKind
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.kfac_options import DtypeName, Options, as_dtype
 from hpcsngd.optim.kfac_stacks import Solved
 from hpcsngd.optim.kfac_timetable import Timetable
-from hpcsngd.optim.kfac_watch import Watch
+from hpcsngd.optim.kfac_watch import Announcement, Found, Watch
 from hpcsngd.optim.records import (
     Communication,
     Fallback,
@@ -125,6 +126,8 @@ class KFAC(Preconditioner):
         stagger: whether to update some layers at each step instead of all of them every ``inverse_every``
             steps (a whole multiple of ``factor_every``), so that no step but the first is slow
             (`hpcsngd.optim.kfac_timetable`).
+        overlap: whether factors are summed over the ranks while the backward pass runs, in steps that
+            `begin_step` announces. Results are the same bit for bit.
         communicator: does the exchange with other ranks; default: with all of them.
         profile: whether to time the phases (waits for the GPU at each).
         observe: ``"strength"`` for `hpcsngd.optim.records.LayerStrength`.
@@ -163,6 +166,7 @@ class KFAC(Preconditioner):
         placement_cost: Cost = "compute",
         colocate: bool = True,
         stagger: bool = False,
+        overlap: bool = True,
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
@@ -194,6 +198,7 @@ class KFAC(Preconditioner):
             placement_cost=placement_cost,
             colocate=colocate,
             stagger=stagger,
+            overlap=overlap,
         )
         unknown = sorted(set(observe) - set(get_args(Observable)))
         if unknown:
@@ -205,6 +210,8 @@ class KFAC(Preconditioner):
         self._watch = Watch(self._layers, self._stopwatch, dtype, pushes=fisher != "empirical")
         grid = Grid.of_fraction(self._communicator.world_size, grad_worker_fraction)
         self._roles = place(self._costs(), grid, colocate=colocate)
+        exchanges = overlap and factors == "all" and self._communicator.world_size > 1
+        self._early = EarlySums(self._communicator, self._roles, self._watch.dtype) if exchanges else None
         self._curvature = Curvature(
             self._layers,
             options.inverter(),
@@ -221,6 +228,7 @@ class KFAC(Preconditioner):
         self._observes = frozenset(observe)
         self._strengths: dict[str, tuple[Tensor, float]] = {}
         self._progress: tuple[float, float] | None = None
+        self._announced_scale: float | None = None
         self._step = self._failures = self._pushes = 0
         self._damping = options.damping_at(0.0, 0)
         self._closed = False
@@ -242,6 +250,24 @@ class KFAC(Preconditioner):
         """
         check_progress(epoch, lr)
         self._progress = (float(epoch), float(lr))
+
+    def begin_step(self, sample_scale: float | None = None, micro_batches: int = 1) -> None:
+        """See `Preconditioner.begin_step`; without ``overlap``, or on one rank, there is nothing to tell.
+
+        Raises:
+            ValueError: a number out of its range.
+        """
+        self._scale.check(sample_scale, 1.0)
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches={micro_batches}: must be at least 1")
+        if self._early is None:
+            return
+        due = self._watch.due
+        self._early.expect([layer for layer in self._layers if layer.name in due])
+        self._announced_scale = sample_scale
+        is_empirical = self._options.fisher == "empirical"
+        scale = self._scale.factor(sample_scale, 1.0) if is_empirical else _unscaled
+        self._watch.announced = Announcement(micro_batches, scale, self._send_early)
 
     def before_backward(self, outputs: Tensor) -> None:
         """Sends the gradients of ``fisher`` through the graph; does nothing for the empirical one.
@@ -272,7 +298,8 @@ class KFAC(Preconditioner):
                 captured output gradients still carry; ``.grad`` must already be unscaled.
 
         Raises:
-            ValueError: a scale is not positive, or a schedule left its range.
+            ValueError: a scale is not positive, or not what `begin_step` was told, or a schedule left its
+                range.
             RuntimeError: after `close`, or without the `set_progress` or `before_backward` that a setting
                 needs.
         """
@@ -282,6 +309,10 @@ class KFAC(Preconditioner):
         wanting = self._options.needs_progress()
         if self._progress is None and wanting:
             raise RuntimeError(f"{wanting}: call set_progress(epoch, lr) before step()")
+        if self._watch.announced and sample_scale != self._announced_scale:
+            raise ValueError(
+                f"sample_scale={sample_scale}: begin_step was told {self._announced_scale}; factors are sent"
+            )
         if self._watch.is_waiting and not self._watch.micro_batches:
             raise RuntimeError(f"fisher={self._options.fisher!r}: call before_backward(outputs) first")
         with torch.no_grad(), torch.autocast(self._layers[0].weight.device.type, enabled=False):
@@ -363,8 +394,15 @@ class KFAC(Preconditioner):
     def close(self) -> None:
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
         self._watch.close()
+        if self._early is not None:
+            self._early.expect([])
         self._curvature.clear()
         self._closed = True
+
+    def _send_early(self, name: str, found: Found) -> None:
+        if self._early is not None:
+            with self._stopwatch.phase("reduce"):
+                self._early.add(name, found)
 
     def _costs(self) -> dict[str, list[int]]:
         """Returns what each factor of each layer costs the rank that holds it."""
@@ -378,6 +416,7 @@ class KFAC(Preconditioner):
         if self._options.factors == "local":
             due = [name for name in due if self._roles[name].holders[0] == self._communicator.rank]
         self._watch.due = frozenset(due)
+        self._watch.announced = None
         self._pushes = 0
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -391,18 +430,22 @@ class KFAC(Preconditioner):
         due = frozenset(self._timetable.factors_due(self._step))
         if not due:
             return {}
+        layers = [layer for layer in self._layers if layer.name in due]
         factor = self._scale.factor(sample_scale, grad_scale)
         if self._options.fisher == "empirical":
             self._scale.check_accumulation(sample_scale, self._watch.micro_batches)
         else:
             # Their gradients are those of own losses from the start.
-            factor = _unscaled
+            factor, grad_scale = _unscaled, 1.0
+        announced = self._watch.announced
         with self._stopwatch.phase("capture"):
-            local = self._watch.take(factor)
-        layers = [layer for layer in self._layers if layer.name in due]
+            local = self._watch.take(announced.scale if announced else factor)
         with self._stopwatch.phase("reduce"):
+            early = None
+            if announced and self._early:
+                early = self._early.finish(local, grad_scale)
             reducer = Reducer(self._communicator, layers, self._roles, self._options.factors)
-            reduced = reducer.reduce(local)
+            reduced = reducer.reduce(local, early)
         with self._stopwatch.phase("capture"):
             self._curvature.update(reduced.names, reduced.means, self._options.decay_at(self._step))
         if reduced.names:

@@ -82,6 +82,7 @@ class Options:
     placement_cost: Cost
     colocate: bool
     stagger: bool
+    overlap: bool
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
