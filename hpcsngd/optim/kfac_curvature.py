@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hpcsngd.optim.communicate import Communicator
+from hpcsngd.optim.gradients import Solved
 from hpcsngd.optim.kaisa import Grid, Role
 from hpcsngd.optim.kfac_exchange import Item
 from hpcsngd.optim.kfac_factors import Factor
@@ -20,7 +21,7 @@ from hpcsngd.optim.kfac_inverse import Inverse, inverse_from_state
 from hpcsngd.optim.kfac_inverter import Inverter
 from hpcsngd.optim.kfac_layers import CoveredLayer
 from hpcsngd.optim.kfac_parts import PHASE, PartExchange
-from hpcsngd.optim.kfac_stacks import InverseStacks, Solved
+from hpcsngd.optim.kfac_stacks import InverseStacks
 from hpcsngd.optim.owners import portable
 from hpcsngd.optim.packing import packed_numbers
 from hpcsngd.optim.stopwatch import Stopwatch

@@ -284,7 +284,7 @@ def test_a_statistic_that_is_not_finite_is_left_out(caplog: pytest.LogCaptureFix
     kfac.step()
     good = kept_factors(kfac)
     backward(model, 1)
-    kfac._watch._calls["2"][0][0].g[0, 0, 0] = math.nan
+    kfac._collector.watch._calls["2"][0][0].g[0, 0, 0] = math.nan
     with caplog.at_level(logging.WARNING):
         kfac.step()
     record = kfac.diagnostics()

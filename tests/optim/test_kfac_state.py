@@ -123,7 +123,7 @@ def test_a_copy_of_the_model_is_not_watched() -> None:
     kfac = KFAC(model)
     twin = copy.deepcopy(model)
     backward(twin)
-    assert kfac._watch.micro_batches == 0
+    assert kfac._collector.watch.micro_batches == 0
 
 
 def test_watching_alone_changes_nothing() -> None:
