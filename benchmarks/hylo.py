@@ -29,17 +29,16 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpcsngd import dist
 from hpcsngd.optim import HyLo, stopwatch
-from hpcsngd.train import vision
+from hpcsngd.train import models
 from tests.ranks import run_on_ranks
 
 CASES: dict[str, dict[str, Any]] = {
@@ -53,51 +52,20 @@ PERIODS = (1, 10, 100)
 PARTS = ("time", "stagger", "memory", "bytes")
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut without parameters (He et al., CVPR 2016, option A)."""
-
-    def __init__(self, d_in: int, d_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(d_in, d_out, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(d_out)
-        self.conv2 = nn.Conv2d(d_out, d_out, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(d_out)
-        self.stride, self.more = stride, d_out - d_in
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the block's output."""
-        hidden = torch.relu(self.norm1(self.conv1(x)))
-        shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
-        return torch.relu(self.norm2(self.conv2(hidden)) + shortcut)
-
-
-def resnet32() -> nn.Module:
-    """Returns ResNet-32 for 32x32 images and 10 classes (He et al., CVPR 2016, section 4.2)."""
-    blocks, d_in = [], 16
-    for d_out in (16, 32, 64):
-        for index in range(5):
-            blocks.append(Block(d_in, d_out, 2 if index == 0 and d_out > 16 else 1))
-            d_in = d_out
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-def resnet50() -> nn.Module:
-    """Returns torchvision's ResNet-50 with 10 classes."""
-    model: nn.Module = vision.load().models.resnet50(num_classes=10)
-    return model
-
-
 @dataclass(frozen=True)
 class Shape:
-    """A model and the images it sees here."""
+    """A model of 10 classes, by its name in experiments, and the images it sees here."""
 
-    build: Callable[[], nn.Module]
+    model: str
     batch: int
     pixels: int
 
+    def build(self) -> nn.Module:
+        """Returns the model with fresh weights."""
+        return models.build_model(self.model, 10, 3, self.pixels)
 
-SHAPES = {"resnet32": Shape(resnet32, 128, 32), "resnet50": Shape(resnet50, 32, 64)}
+
+SHAPES = {"resnet32": Shape("resnet32", 128, 32), "resnet50": Shape("torchvision/resnet50", 32, 64)}
 
 
 class Trainer:

@@ -32,13 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.resnets import resnet20, resnet32
 from hpcsngd.optim import stopwatch
 from hpcsngd.optim.ggt import GGT
 from hpcsngd.optim.mfac import MFAC
 from hpcsngd.optim.windowed import Windowed
+from hpcsngd.train import models
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"resnet20": resnet20, "resnet32": resnet32}
+MODELS = ("resnet20", "resnet32")
 CASES: dict[str, Callable[[nn.Module], Windowed]] = {
     "dense m=128": lambda model: MFAC(model, 128, profile=True),
     "dense m=1024": lambda model: MFAC(model, 1024, profile=True),
@@ -59,9 +59,9 @@ PARTS = ("time", "state", "kernels", "factor")
 class Trainer:
     """A model in training on one fixed batch of noise, with a method or without."""
 
-    def __init__(self, build: Callable[[], nn.Module], case: str | None, batch: int) -> None:
+    def __init__(self, model: str, case: str | None, batch: int) -> None:
         torch.manual_seed(0)
-        self.model = build()
+        self.model = models.build_model(model, 10, 3, 32)
         self.x = torch.randn(batch, 3, 32, 32)
         self.target = torch.randint(0, 10, (batch,))
         self.method = None if case is None else CASES[case](self.model)
@@ -91,7 +91,7 @@ def print_times(model: str, cases: list[str], rounds: int, batch: int) -> None:
     print(f"\n{model}, batch {batch}, full window: CPU seconds over an SGD step, medians of {rounds} rounds")
     print(f"{'case':<24}{'SGD s':>8}{'whole step':>12}{'own time':>10}")
     for case in [None, *cases]:
-        base, other = Trainer(MODELS[model], None, batch), Trainer(MODELS[model], case, batch)
+        base, other = Trainer(model, None, batch), Trainer(model, case, batch)
         other.fill()
         samples = []
         for index in range(rounds + 1):
@@ -135,7 +135,7 @@ def print_state(model: str, cases: list[str]) -> None:
     print(f"\n{model}: bytes of state")
     print(f"{'case':<24}{'held':>16}{'formula':>16}{'over weights':>14}")
     for case in cases:
-        built = MODELS[model]()
+        built = models.build_model(model, 10, 3, 32)
         method = CASES[case](built)
         for parameter in built.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -160,7 +160,7 @@ def print_kernels(model: str, cases: list[str], repeats: int) -> None:
     print(f"\n{model}: passes over a full window; GB/s of the bytes that must move")
     print(f"{'case':<24}{'MB':>9}{'G x':>9}{'G^T c':>9}{'copy':>9}{'ms':>8}{'ms':>8}")
     for case in cases:
-        trainer = Trainer(MODELS[model], case, 1)
+        trainer = Trainer(model, case, 1)
         trainer.fill()
         assert trainer.method is not None
         history, m = trainer.method.history, trainer.method.capacity

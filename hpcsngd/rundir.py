@@ -17,6 +17,8 @@ Layout (every name is spelled here and nowhere else)::
       attempts/<n>/heartbeats/    one file per rank and agent, see `hpcsngd.lifeline`
       attempts/<n>/finished.yaml  the workers reached the end; written by rank 0
       attempts/<n>/faults/*.yaml  one file per process that failed
+      attempts/<n>/usage/agent<k>.yaml  time, memory and exit status of an agent's workers
+      attempts/<n>/accounting.yaml  the same of the whole job, by the scheduler's accounts
       attempts/<n>/logs/          node<k>.out, node<k>.err (and rank<r>.* where ranks are started singly)
       attempts/<n>/logs/torchrun/ what torchrun keeps of each of its ranks
       submit/                     submitit's own folder
@@ -207,6 +209,23 @@ class CsvWriter:
         self._file.flush()
 
 
+def write_table(path: Path, table: Table, rows: Iterable[Mapping[str, Value]]) -> None:
+    """Writes a whole CSV file of a table: all rows or, after a kill, none; an older file is replaced.
+
+    Raises:
+        TypeError: a row lacks a column or has an unknown one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    writer = CsvWriter(temporary, table)
+    try:
+        for row in rows:
+            writer.write(**row)
+    finally:
+        writer.close()
+    temporary.replace(path)
+
+
 def _text(value: Value) -> str:
     if isinstance(value, bool):
         return str(int(value))
@@ -334,6 +353,20 @@ class Attempt:
     def finished_yaml(self) -> Path:
         """Written by rank 0 when training reached its end."""
         return self.path / "finished.yaml"
+
+    def usage_yaml(self, agent: int) -> Path:
+        """Returns the file in which an agent says what its workers used."""
+        return self.path / "usage" / f"agent{agent}.yaml"
+
+    def usage_files(self) -> list[Path]:
+        """Returns the files of `usage_yaml` that exist, by the agents' numbers."""
+        files = (self.path / "usage").glob("agent*.yaml")
+        return sorted(files, key=lambda file: int(file.stem.removeprefix("agent")))
+
+    @property
+    def accounting_yaml(self) -> Path:
+        """What the scheduler's accounts say of the attempt, once it has ended."""
+        return self.path / "accounting.yaml"
 
     @property
     def logs(self) -> Path:
@@ -516,11 +549,22 @@ def open_run(path: Path) -> RunDir:
         there = "has no run.yaml: it is not a run directory" if run.path.is_dir() else "is not a directory"
         what = there if run.path.exists() else "does not exist"
         raise RunDirError(f"{run.path} {what}")
-    schema = run.record().get("schema")
+    checked_record(run)
+    return run
+
+
+def checked_record(run: RunDir) -> dict[str, Any]:
+    """Returns the content of ``run.yaml``.
+
+    Raises:
+        RunDirError: it is damaged, or has a schema that this version does not know.
+    """
+    record = run.record()
+    schema = record.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         advice = (
             "upgrade hpcsngd to read it" if newer else "it was not written by any known version of hpcsngd"
         )
         raise RunDirError(f"{run.run_yaml}: schema {schema!r}; this version knows {SCHEMA}: {advice}")
-    return run
+    return record

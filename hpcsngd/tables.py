@@ -96,11 +96,26 @@ _ALL = (
             Column("split", "str", "", "which data: test or validation"),
             Column("count", "int", "samples", "samples evaluated, each once"),
             Column("loss", "float", "", "mean over the split"),
-            Column("accuracy", "float", "", "share of correct predictions"),
+            Column(
+                "accuracy", "float", "", "share of correct predictions; for masks the patients' mean Dice"
+            ),
             Column("eval_s", "float", "s", "time of this evaluation"),
             *_CLOCKS,
         ),
         doc="Evaluation, after each epoch.",
+    ),
+    Table(
+        "dice",
+        ("step", "patient"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("patient", "str", "", "name of the patient"),
+            Column("slices", "int", "", "slices of the volume"),
+            Column("dice", "float", "", "Dice coefficient of the volume, for the largest component"),
+        ),
+        doc="Segmentation of each patient, after each epoch; with task segmentation.",
     ),
     Table(
         "profiling",
@@ -259,6 +274,91 @@ _ALL = (
             Column("entries", "int", "", "entries that the quartiles were taken over"),
         ),
         doc="How much is preconditioned; with diagnostics.quantify_every.",
+    ),
+    Table(
+        "layers",
+        ("layer",),
+        (
+            _LAYER,
+            Column("kind", "str", "", "its class"),
+            Column(
+                "d_in", "int", "", "columns of its weight as a matrix: inputs per group times kernel size"
+            ),
+            Column("d_out", "int", "", "rows of its weight as a matrix; 0 where it is none"),
+            Column("has_bias", "int", "", "1 with a bias"),
+            Column("parameters", "int", "", "its own parameters, trained or not"),
+        ),
+        doc="The layers of the model that have parameters, in the model's order; written once.",
+    ),
+    Table(
+        "confusion",
+        ("step", "split", "label", "predicted"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("split", "str", "", "which data: test or validation"),
+            Column("label", "int", "", "the true class"),
+            Column("predicted", "int", "", "the class with the largest output, the first of equal ones"),
+            Column(
+                "count",
+                "int",
+                "samples",
+                "of this label that were predicted so; pairs with none are left out",
+            ),
+        ),
+        doc="Predictions of the trained model on the data that is evaluated; written at the end of training.",
+    ),
+    Table(
+        "landscape",
+        ("plane", "split", "row", "column"),
+        (
+            Column("plane", "str", "", "identifies the plane: runs drawn on one plane share it"),
+            Column("kind", "str", "", "pca: of the runs' checkpoints; random: filter-normalised directions"),
+            Column("split", "str", "", "which data: train, test or validation"),
+            Column("row", "int", "", "position in the grid, along the second axis"),
+            Column("column", "int", "", "position in the grid, along the first axis"),
+            Column("a", "float", "", "coordinate along the first axis"),
+            Column("b", "float", "", "coordinate along the second axis"),
+            Column("loss", "float", "", "mean over the samples"),
+            Column("accuracy", "float", "", "share of correct predictions"),
+            Column("count", "int", "samples", "samples evaluated"),
+            Column("share_a", "float", "", "variance of the checkpoints along the first axis; nan if random"),
+            Column(
+                "share_b", "float", "", "variance of the checkpoints along the second axis; nan if random"
+            ),
+            Column("buffers", "str", "", "batch norm's statistics at each point: none, recomputed or kept"),
+        ),
+        doc="Loss on a plane in the space of the weights; written by `hpcsngd landscape` into the first run.",
+    ),
+    Table(
+        "landscape_path",
+        ("plane", "split", "step"),
+        (
+            Column("plane", "str", "", "the plane"),
+            Column("split", "str", "", "which data: train, test or validation"),
+            _STEP,
+            Column("a", "float", "", "the checkpoint's coordinate along the first axis"),
+            Column("b", "float", "", "the checkpoint's coordinate along the second axis"),
+            Column("distance", "float", "", "of the checkpoint's weights from the plane"),
+            Column("loss", "float", "", "of the checkpoint itself, with its own buffers"),
+            Column("accuracy", "float", "", "of the checkpoint itself"),
+        ),
+        doc="The run's checkpoints on a plane of `landscape`; written by `hpcsngd landscape`.",
+    ),
+    Table(
+        "staleness",
+        ("step",),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            Column("step", "int", "steps", "updates that the server has made, this one included"),
+            Column("worker", "int", "", "rank whose gradient was applied"),
+            Column("pulled", "int", "steps", "updates made when the worker took its parameters"),
+            Column("staleness", "int", "steps", "updates of others between the pull and this one"),
+            Column("utc", "str", "", "ISO 8601 time of the update"),
+        ),
+        doc="Age of every gradient that a parameter server applied; written by the server.",
     ),
 )
 

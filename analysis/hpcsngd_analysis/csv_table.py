@@ -31,15 +31,21 @@ def dtypes(table: Table) -> dict[str, str]:
     return {column.name: _DTYPES[column.dtype] for column in table.columns}
 
 
-def empty(table: Table) -> pd.DataFrame:
-    """Returns a new frame with the table's columns and no row."""
-    return _empty(table).copy()
-
-
 @functools.cache
-def _empty(table: Table) -> pd.DataFrame:
+def empty(table: Table) -> pd.DataFrame:
+    """Returns the frame with the table's columns and no row; always the same one, so never change it."""
     # Most runs write few of the tables, and making typed columns costs more than reading a small file.
     return pd.DataFrame({name: pd.Series([], dtype=dtype) for name, dtype in dtypes(table).items()})
+
+
+def with_declared_text(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """Returns rows of `read_file` with the declared dtype for text, too."""
+    return frame.astype({name: kind for name, kind in dtypes(table).items() if kind == "str"})
+
+
+def _reading_dtypes(table: Table) -> dict[str, str]:
+    # pandas takes as long to type a column of text as to read it; that is done once for all files instead
+    return {name: "object" if kind == "str" else kind for name, kind in dtypes(table).items()}
 
 
 def read_file(path: Path, table: Table) -> tuple[pd.DataFrame, bool]:
@@ -50,7 +56,8 @@ def read_file(path: Path, table: Table) -> tuple[pd.DataFrame, bool]:
         table: its declaration in `hpcsngd.tables`.
 
     Returns:
-        The rows in file order, and whether a last line without newline was left out: it is not a row yet.
+        The rows in file order, text as plain objects (see `with_declared_text`), and whether a last line
+        without newline was left out: it is not a row yet.
 
     Raises:
         RunDirError: unreadable, another header, or a damaged row; the message names file and line.
@@ -97,7 +104,7 @@ def _parse(path: Path, table: Table, data: bytes) -> pd.DataFrame:
         return frame
     try:
         rows = pd.DataFrame(list(read_rows(path, table)), columns=table.header)
-        return rows.astype(dtypes(table))
+        return rows.astype(_reading_dtypes(table))
     except (csv.Error, OverflowError, ValueError) as error:
         raise RunDirError(f"{path}: {error}") from error
 
@@ -107,7 +114,7 @@ def _fast(table: Table, data: bytes) -> pd.DataFrame | None:
     commas = {line.count(b",") for line in data.splitlines()}
     if commas != {len(table.columns) - 1} or b'"' in data:
         return None
-    kinds = dtypes(table)
+    kinds = _reading_dtypes(table)
     # Only our writer's "nan" is NaN: an empty cell is damage, and the text "NA" may be a layer's name.
     nan = {name: ["nan"] for name, kind in kinds.items() if kind == "float64"}
     try:

@@ -1,60 +1,53 @@
-"""Curves of runs as plotly figures.
+"""Curves of training: a metric of each run, or the mean of a group's runs, against a clock.
 
-A run has one color and one marker in every figure made from the same `Runs`.
-
-The data of a curve is separate from its drawing (`curves`, then `figure`), so that a report can print every
-number it draws and tests can check them.
+A run has one color and one marker in every figure made from the same `Runs`. The data of a curve is separate
+from its drawing (`curves`, then `figure`), so that it can be checked and used in a notebook.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
+from hpcsngd_analysis import clocks
+from hpcsngd_analysis.drawing import (
+    TIME_UNITS,
+    Floats,
+    axis,
+    decades,
+    empty,
+    faint,
+    layout,
+    plain,
+    style,
+    unit,
+)
+from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs
+from hpcsngd_analysis.resampling import bootstrap_band
+from hpcsngd_analysis.thin import POINTS, kept_points
 
 Metric = Literal["accuracy", "loss"]
-Clock = Literal["epoch", "train_s"]
-Floats = npt.NDArray[np.float64]
-
-# Okabe and Ito, "Color universal design" (2008), without yellow, which is hard to see on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# plotly's name of the marker, and the same shape as a character for the page's key.
-SYMBOLS = (
-    ("circle", "●"),
-    ("square", "■"),
-    ("diamond", "◆"),
-    ("triangle-up", "▲"),
-    ("x", "✖"),
-    ("cross", "✚"),
-    ("star", "★"),
-    ("triangle-down", "▼"),
-)
-POINTS = 1000
-"""A curve with more rows is thinned to at most this many points, see `kept_points`."""
+Clock = Literal["epoch", "samples", "train_s", "charged_s"]
 
 MANY = 8
 """With more runs than this the training curves start hidden, because they would cover the test curves."""
 
+BAND_POINTS = 200
+"""A mean over runs is drawn at no more clock readings than this."""
+
 _DASHES = {"train": "dot", "test": "solid", "validation": "dash"}
-_LOG_FROM = np.log10(50.0)
-_TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a run looks: color, plotly marker and the marker's shape as a character."""
-
-    color: str
-    symbol: str
-    glyph: str
+_CLOCKS: dict[Clock, str] = {
+    "epoch": "epoch",
+    "samples": "samples",
+    "train_s": "training time",
+    "charged_s": "charged time",
+}
 
 
 @dataclass(frozen=True)
@@ -88,86 +81,99 @@ class Curves:
     lines: tuple[Curve, ...]
 
 
-def style(position: int) -> Style:
-    """Returns the look of the run at a position among the runs loaded; 56 runs look different."""
-    symbol, glyph = SYMBOLS[position // len(PALETTE) % len(SYMBOLS)]
-    return Style(PALETTE[position % len(PALETTE)], symbol, glyph)
+@dataclass(frozen=True)
+class Band:
+    """The mean of a group's runs with its interval, at common readings of the clock.
+
+    Attributes:
+        group: the group's name.
+        split: which data.
+        x: readings of the clock at which every run of ``n`` has a value.
+        mean: over the runs.
+        low: lower end of the interval; NaN for a single run.
+        high: upper end.
+        n: how many runs.
+    """
+
+    group: str
+    split: str
+    x: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+    n: int
 
 
 def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Curves:
-    """Returns a metric of all runs, on training data and on each split evaluated, against epoch or time.
+    """Returns a metric of all runs, on training data and on each split evaluated, against a clock.
 
     Args:
         runs: with the tables ``train`` and ``eval``.
         metric: ``accuracy`` as a share, or ``loss``.
-        clock: ``epoch``, or ``train_s``: training time without evaluation, checkpoints and queueing, shown in
-            seconds, minutes or hours, whichever suits the longest run.
+        clock: ``epoch``; ``samples``: training samples used; ``train_s``: training alone, without evaluation,
+            checkpoints, queueing and work done twice; or ``charged_s``: what the site charges to all attempts
+            so far, without queueing. Times are shown in seconds, minutes or hours, whichever suits the
+            longest run. Rows whose clock nobody knows are left out.
         points: a longer curve is thinned to at most this many points.
 
     Returns:
         One curve per run and split that has rows. The loss gets a logarithmic axis where all values drawn are
         positive and span a factor above 50, so that one diverging run does not flatten the others.
     """
-    tables = [runs.tables["train"].assign(split="train"), runs.tables["eval"]]
-    unit, divisor = _time_unit([*tables]) if clock == "train_s" else ("", 1.0)
-    parts = [_lines(table, metric, clock, divisor, points) for table in tables if len(table)]
+    tables = list(clocked(runs))
+    x_title, divisor = _clock_axis(tables, clock)
+    lines = [
+        _line(run, split, rows[clock].to_numpy(float) / divisor, rows[metric].to_numpy(float), points)
+        for table in tables
+        for (run, split), rows in table[table[clock].notna()].groupby(["run", "split"], sort=False)
+    ]
     order = {run.name: position for position, run in enumerate(runs.records)}
-    lines = sorted(
-        (line for part in parts for line in part), key=lambda line: (line.split != "train", order[line.run])
-    )
-    decades = _decades(lines) if metric == "loss" else 0.0
-    is_log = decades > _LOG_FROM
-    x_title = f"training time ({unit})" if clock == "train_s" else "epoch"
-    y_title = f"{metric}{' (log scale)' if is_log else ''}"
-    return Curves(metric, clock, x_title, y_title, decades if is_log else 0.0, tuple(lines))
+    lines.sort(key=lambda line: (line.split != "train", order[line.run]))
+    span = _span([line.y for line in lines]) if metric == "loss" else 0.0
+    return Curves(metric, clock, x_title, f"{metric}{' (log scale)' if span else ''}", span, tuple(lines))
 
 
-def _time_unit(tables: Sequence[pd.DataFrame]) -> tuple[str, float]:
-    longest = max((float(table["train_s"].max()) for table in tables if len(table)), default=0.0)
-    return next(((unit, size) for unit, size in _TIME_UNITS if longest >= 2 * size), _TIME_UNITS[-1])
+def clocked(runs: Runs) -> Iterator[pd.DataFrame]:
+    """Yields training and evaluation rows with ``split`` and all clocks."""
+    train, evaluation = runs.tables["train"], runs.tables["eval"]
+    with_samples = evaluation.assign(samples=samples_at(train, evaluation))
+    for table in (train.assign(split="train"), with_samples):
+        yield table.assign(charged_s=clocks.charged_time(runs, table))
 
 
-def _lines(table: pd.DataFrame, metric: Metric, clock: Clock, divisor: float, points: int) -> list[Curve]:
-    found = []
-    for (run, split), rows in table.groupby(["run", "split"], sort=False):
-        x, y = (rows[column].to_numpy(dtype=np.float64) for column in (clock, metric))
-        keep = kept_points(y, points)
-        found.append(Curve(str(run), str(split), x[keep] / divisor, y[keep]))
+def samples_at(train: pd.DataFrame, evaluation: pd.DataFrame) -> pd.Series:
+    """Returns the training samples used at each evaluation, from the training rows around its step.
+
+    Between two rows samples grow evenly with steps. Before the first row they are 0 at step 0; where a run
+    has no training row they are NaN.
+
+    Returns:
+        Aligned with ``evaluation``.
+    """
+    found = pd.Series(np.nan, index=evaluation.index)
+    training = dict(iter(train.groupby("run", sort=False)))
+    for run, rows in evaluation.groupby("run", sort=False):
+        if run in training:
+            steps, samples = (np.r_[0.0, training[run][name].to_numpy(float)] for name in ("step", "samples"))
+            found[rows.index] = np.interp(rows["step"].to_numpy(float), steps, samples)
     return found
 
 
-def kept_points(values: Floats, points: int = POINTS) -> npt.NDArray[np.intp]:
-    """Returns which points of a long curve to draw: of each interval the lowest and the highest.
-
-    Unlike every n-th point this keeps spikes. First and last point stay, so the end of a curve is exact. An
-    interval without a number keeps one NaN, which leaves a gap in the line.
-
-    Args:
-        values: the curve, any length.
-        points: how many to keep at most; at least 4.
-
-    Returns:
-        Increasing positions in ``values``; all of them where there are no more than ``points``.
-    """
-    if len(values) <= points:
-        return np.arange(len(values))
-    is_nan = np.isnan(values)
-    low, high = np.where(is_nan, np.inf, values), np.where(is_nan, -np.inf, values)
-    parts = np.array_split(np.arange(len(values)), points // 2 - 1)
-    extremes = [part[chosen] for part in parts for chosen in (low[part].argmin(), high[part].argmax())]
-    return np.unique(np.array([0, *extremes, len(values) - 1], dtype=np.intp))
+def _clock_axis(tables: Sequence[pd.DataFrame], clock: Clock) -> tuple[str, float]:
+    if clock not in ("train_s", "charged_s"):
+        return _CLOCKS[clock], 1.0
+    longest = max((float(table[clock].max()) for table in tables if table[clock].notna().any()), default=0.0)
+    word, size = unit(longest, TIME_UNITS)
+    return f"{_CLOCKS[clock]} ({word})", size
 
 
-def _decades(lines: Sequence[Curve]) -> float:
-    """Returns the powers of ten between smallest and largest number; 0 where a logarithm makes no sense."""
-    values = np.concatenate([line.y for line in lines]) if lines else np.array([])
-    values = values[np.isfinite(values)]
-    return float(np.log10(values.max() / values.min())) if len(values) and values.min() > 0 else 0.0
+def _span(values: Sequence[Floats]) -> float:
+    return decades(np.concatenate(values)) if values else 0.0
 
 
-def _log_tick(decades: float) -> str | int:
-    # plotly's words: "D2" labels 1, 2 and 5 of each decade; a number n labels every n-th decade.
-    return "D2" if decades < 4 else max(1, round(decades / 8))
+def _line(run: Any, split: Any, x: Floats, y: Floats, points: int) -> Curve:
+    keep = kept_points(y, points)
+    return Curve(str(run), str(split), x[keep], y[keep])
 
 
 def figure(data: Curves, runs: Runs) -> go.Figure:
@@ -177,12 +183,12 @@ def figure(data: Curves, runs: Runs) -> go.Figure:
     legend group of its run. With more than `MANY` runs the training curves start hidden. Without any curve
     the figure says so.
     """
+    if not data.lines:
+        return empty()
     position = {run.name: place for place, run in enumerate(runs.records)}
     drawing = go.Figure(layout=_layout(data))
     is_crowded = len(runs.records) > MANY
     drawing.add_traces([_trace(line, position[line.run], data, is_crowded=is_crowded) for line in data.lines])
-    if not data.lines:
-        drawing.add_annotation(text="no rows", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
     return drawing
 
 
@@ -191,8 +197,7 @@ def _trace(line: Curve, position: int, data: Curves, *, is_crowded: bool) -> go.
     return go.Scatter(
         x=line.x,
         y=line.y,
-        # plotly reads a small HTML dialect in names; a run's name is text.
-        name=f"{html.escape(line.run, quote=False)}, {html.escape(line.split, quote=False)}",
+        name=f"{plain(line.run)}, {plain(line.split)}",
         legendgroup=str(position),
         meta={"run": position, "split": line.split},
         # A lone number, as before a NaN, has no line to be seen by.
@@ -205,41 +210,112 @@ def _trace(line: Curve, position: int, data: Curves, *, is_crowded: bool) -> go.
         marker={"symbol": look.symbol, "size": 6},
         opacity=0.6 if is_train else 1,
         visible="legendonly" if is_train and is_crowded else True,
-        hovertemplate=_hover(data),
+        hovertemplate=_hover(data.metric, data.clock, data.x_title),
     )
 
 
-def _hover(data: Curves) -> str:
-    x = "epoch %{x:.4~g}" if data.clock == "epoch" else f"{data.x_title}: %{{x:.4~g}}"
-    y = "accuracy %{y:.2%}" if data.metric == "accuracy" else "loss %{y:.4~g}"
+def _hover(metric: Metric, clock: Clock, x_title: str) -> str:
+    x = {"epoch": "epoch %{x:.4~g}", "samples": "%{x:.4~s} samples"}.get(clock, f"{x_title}: %{{x:.4~g}}")
+    y = "accuracy %{y:.2%}" if metric == "accuracy" else "loss %{y:.4~g}"
     return f"<b>%{{fullData.name}}</b><br>{y}<br>{x}<extra></extra>"
 
 
 def _layout(data: Curves) -> go.Layout:
-    axis = {
-        "showline": True,
-        "linecolor": "#888",
-        "gridcolor": "#e6e6e6",
-        "ticks": "outside",
-        "zeroline": False,
+    # Of runs and groups the page has one key for all figures, so these have no legend.
+    return layout(
+        axis(data.x_title, rangemode="tozero"),
+        axis(data.y_title, decades=data.decades, tickformat=".2~%" if data.metric == "accuracy" else ".3~g"),
+        has_legend=False,
+    )
+
+
+def bands(
+    runs: Runs,
+    groups: Sequence[Group],
+    metric: Metric,
+    clock: Clock,
+    *,
+    generator: np.random.Generator,
+    split: str = "test",
+) -> list[Band]:
+    """Returns the mean of each group's runs, with a bootstrap interval over the runs.
+
+    Runs are compared at common readings of the clock: those of the run with most rows, thinned to
+    `BAND_POINTS`, as far as the shortest run went; between its rows a run's curve is a straight line. A run
+    with a value that is not finite makes the mean not finite there: what diverged is not left out.
+
+    Args:
+        runs: with the tables ``train`` and ``eval``.
+        groups: the runs that belong together.
+        metric: what is averaged.
+        clock: against what; ``train_s`` in seconds.
+        generator: draws the resamples.
+        split: ``train``, or a split evaluated.
+
+    Returns:
+        One band per group that has rows, in the order of the groups.
+    """
+    by_run = {
+        str(run): rows
+        for table in clocked(runs)
+        for run, rows in table[(table["split"] == split) & table[clock].notna()].groupby("run", sort=False)
     }
-    is_share = data.metric == "accuracy"
-    return go.Layout(
-        template=go.layout.Template(),
-        xaxis={**axis, "title": {"text": data.x_title}, "rangemode": "tozero"},
-        yaxis={
-            **axis,
-            "title": {"text": data.y_title},
-            "tickformat": ".2~%" if is_share else ".3~g",  # per cent stands at each tick
-            "type": "log" if data.decades else "linear",
-            # Left alone, plotly labels all of 1 to 9 over two decades, and the labels overlap.
-            "dtick": _log_tick(data.decades) if data.decades else None,
-            "automargin": True,
-        },
-        font={"family": "system-ui, sans-serif", "size": 13, "color": "#222"},
-        margin={"l": 60, "r": 16, "t": 16, "b": 52},
-        plot_bgcolor="white",
-        paper_bgcolor="white",
-        hovermode="closest",
-        hoverlabel={"namelength": -1, "bgcolor": "white"},
+    found = []
+    for group in groups:
+        members = [by_run[run] for run in group.runs if run in by_run]
+        if members:
+            x, values = _common(
+                [(each[clock].to_numpy(float), each[metric].to_numpy(float)) for each in members]
+            )
+            mean, low, high = bootstrap_band(values, generator=generator)
+            found.append(Band(group.name, split, x, mean, low, high, len(members)))
+    return found
+
+
+def _common(curves: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    """Returns common clock readings, and the values of all curves there with shape (curves, readings)."""
+    begin, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    finest = max((x for x, _ in curves), key=len)
+    inside = finest[(finest >= begin) & (finest <= end)]
+    grid = np.unique(np.r_[begin, inside, end]) if begin <= end else np.array([])
+    if len(grid) > BAND_POINTS:
+        grid = grid[np.linspace(0, len(grid) - 1, BAND_POINTS).round().astype(int)]
+    return grid, np.array([np.interp(grid, x, y) for x, y in curves])
+
+
+def band_figure(found: Sequence[Band], metric: Metric, clock: Clock) -> go.Figure:
+    """Returns the drawing of `bands`: a line per group, and its interval as an area of the same color.
+
+    Each trace carries ``meta = {"group": position, "split": name}``; the area's ends are traces of their own.
+    """
+    if not found:
+        return empty()
+    title, size = _clock_axis([pd.DataFrame({clock: band.x}) for band in found], clock)
+    span = _span([band.mean for band in found]) if metric == "loss" else 0.0
+    data = Curves(metric, clock, title, f"mean {metric}{' (log scale)' if span else ''}", span, ())
+    drawing = go.Figure(layout=_layout(data))
+    names = list(dict.fromkeys(band.group for band in found))
+    for band in found:
+        drawing.add_traces(list(_band_traces(band, names.index(band.group), data, size)))
+    return drawing
+
+
+def _band_traces(band: Band, position: int, data: Curves, size: float) -> Iterator[go.Scatter]:
+    common = {"x": band.x / size, "legendgroup": band.group, "meta": {"group": position, "split": band.split}}
+    if band.n > 1:
+        edge = {**common, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        name = plain(band.group)
+        yield go.Scatter(y=band.low, name=f"{name}, lower end", **edge)
+        yield go.Scatter(
+            y=band.high, name=f"{name}, upper end", fill="tonexty", fillcolor=faint(position), **edge
+        )
+    look = style(position)
+    yield go.Scatter(
+        y=band.mean,
+        name=f"{plain(band.group)} ({band.n} run{'s' if band.n > 1 else ''})",
+        mode="lines+markers" if len(band.x) <= 30 else "lines",
+        line={"color": look.color, "width": 2, "dash": _DASHES.get(band.split, "dashdot")},
+        marker={"symbol": look.symbol, "size": 6},
+        hovertemplate=_hover(data.metric, data.clock, data.x_title),
+        **common,
     )

@@ -1,129 +1,48 @@
-"""Reads run directories into tidy pandas tables, one per metric, and says what it left out.
+"""Reads runs into tidy pandas tables, one per metric, and says what it left out.
 
 The contract: columns and types come from `hpcsngd.tables`. Nothing is repaired silently. After a resume the
 last attempt's row of each key counts, and the number of rows dropped is kept. A last line without newline is
-not a row yet; the file's name is kept. Failed and unfinished runs are loaded like all others. Anything that
-does not fit raises `RunDirError` with file and line.
+not a row yet; the file's name is kept. Failed and unfinished runs are loaded like all others. Files of the
+original HyLo scripts become rows of the same tables, see `hpcsngd_analysis.original`. Anything that does not
+fit raises `RunDirError` with file and line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from hpcsngd.errors import RunDirError, did_you_mean
-from hpcsngd.rundir import STATES, RunDir, Status, open_run, read_yaml
+from hpcsngd.rundir import STATES, RunDir, Status, checked_record, read_yaml
 from hpcsngd.tables import TABLES, Table
-from hpcsngd_analysis.csv_table import empty, read_file
+from hpcsngd_analysis import attempts, original, thin
+from hpcsngd_analysis.csv_table import empty, read_file, with_declared_text
+from hpcsngd_analysis.records import NO_STATUS, NOT_RECORDED, NotFinite, Run, Runs
 
-NO_STATUS = "no status yet"
+__all__ = ["NOT_RECORDED", "NO_STATUS", "Run", "Runs", "load"]
 
+THINNED = {"train": ("loss", "accuracy")}
+"""Table -> columns whose extremes stay when `load` is asked for fewer rows."""
 
-@dataclass(frozen=True)
-class Run:
-    """What one run directory says besides its tables.
-
-    Attributes:
-        name: unique among the runs loaded: the directory's name, with parents where two are equal.
-        path: the run directory.
-        experiment: name of the experiment asked for.
-        site: name of the site asked for.
-        config: the resolved configuration, with the keys ``site`` and ``experiment``.
-        provenance: git commit, versions, host, command line; every key is optional.
-        status: how the run ended; None while it has not.
-        attempts: number of attempts begun or submitted.
-        world_size: ranks of the last attempt that started; None while none has.
-        wall_s: seconds that workers ran, up to each attempt's last row, summed; None without rows.
-        last_utc: time of the newest row, ISO 8601; None without rows.
-        dropped_rows: per table, rows that a later attempt wrote again.
-        unfinished_files: metrics files whose last line has no newline and was left out.
-        cell: of a sweep's run, the keys that the sweep varies and their values here; empty for other runs.
-    """
-
-    name: str
-    path: Path
-    experiment: str
-    site: str
-    config: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    status: Status | None
-    attempts: int
-    world_size: int | None
-    wall_s: float | None
-    last_utc: str | None
-    dropped_rows: Mapping[str, int]
-    unfinished_files: tuple[str, ...]
-    cell: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def state(self) -> str:
-        """One of `hpcsngd.rundir.STATES`, or `NO_STATUS`."""
-        return self.status.state if self.status else NO_STATUS
-
-    @property
-    def reason(self) -> str:
-        """Why the run did not complete, in one line; empty otherwise."""
-        return self.status.reason if self.status else ""
-
-    @property
-    def revision(self) -> str | None:
-        """The git commit of the code, where it is known."""
-        sha = self._git.get("sha")
-        return str(sha) if sha else None
-
-    @property
-    def has_local_changes(self) -> bool:
-        """Whether the code is known to have differed from its commit."""
-        return bool(self._git.get("dirty"))
-
-    @property
-    def _git(self) -> Mapping[str, Any]:
-        found = self.provenance.get("git")
-        return found if isinstance(found, Mapping) else {}
+_Loaded = tuple[Run, dict[str, pd.DataFrame], list[dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Runs loaded together.
-
-    Attributes:
-        records: one record per run, in the order given.
-        tables: per metric a tidy table: the columns of `hpcsngd.tables` after a first column ``run``, ordered
-            by run and step. A table that no run wrote is there, without rows.
-    """
-
-    records: tuple[Run, ...]
-    tables: Mapping[str, pd.DataFrame]
-
-    @property
-    def runs(self) -> pd.DataFrame:
-        """One row per run: what its files say; `tables.runs_table` adds what was measured."""
-        columns = {
-            "run": ("str", [run.name for run in self.records]),
-            "experiment": ("str", [run.experiment for run in self.records]),
-            "site": ("str", [run.site for run in self.records]),
-            "state": ("str", [run.state for run in self.records]),
-            "reason": ("str", [run.reason for run in self.records]),
-            "seed": ("Int64", [run.config["experiment"].get("seed") for run in self.records]),
-            "world_size": ("Int64", [run.world_size for run in self.records]),
-            "wall_s": ("float64", [run.wall_s for run in self.records]),
-            "attempts": ("int64", [run.attempts for run in self.records]),
-            "dropped_rows": ("int64", [sum(run.dropped_rows.values()) for run in self.records]),
-        }
-        return pd.DataFrame({name: pd.Series(cells, dtype=dtype) for name, (dtype, cells) in columns.items()})
-
-
-def load(paths: Iterable[str | Path], tables: Sequence[str] | None = None) -> Runs:
+def load(
+    paths: Iterable[str | Path], tables: Sequence[str] | None = None, *, train_rows: int | None = None
+) -> Runs:
     """Loads runs.
 
     Args:
-        paths: each a run directory, or a folder that holds run directories directly. A run that is found
-            twice is loaded once.
+        paths: each a run directory, a folder that holds run directories or files of the original HyLo scripts
+            directly, or one such file. A run that is found twice is loaded once.
         tables: names of the metrics to read; default: all of `hpcsngd.tables.TABLES`.
+        train_rows: keep at most about this many rows of ``train`` per run: the first, the last, and of equal
+            parts the rows with the lowest and highest loss and accuracy. What `Run` counts is counted before.
+            Default: all rows. For a thousand runs at once, which would not fit in memory.
 
     Returns:
         The runs in the order given; inside a folder ordered by name.
@@ -132,13 +51,16 @@ def load(paths: Iterable[str | Path], tables: Sequence[str] | None = None) -> Ru
         RunDirError: no run found, an unknown schema, a damaged file; the message names file and line.
     """
     wanted = [_table(name) for name in (TABLES if tables is None else tables)]
-    folders = _find(paths)
-    loaded = [_load_run(path, name, wanted) for path, name in zip(folders, _names(folders), strict=True)]
+    sources = _find(paths)
+    loaded = [
+        _load(source, name, wanted, train_rows) for source, name in zip(sources, _names(sources), strict=True)
+    ]
     merged = {
-        table.name: _stack(table, {run.name: frames[table.name] for run, frames in loaded})
+        table.name: _stack(table, {run.name: frames[table.name] for run, frames, _ in loaded})
         for table in wanted
     }
-    return Runs(tuple(run for run, _ in loaded), merged)
+    spent = attempts.frame([row for _, _, rows in loaded for row in rows])
+    return Runs(tuple(run for run, _, _ in loaded), merged, spent, train_rows)
 
 
 def _table(name: str) -> Table:
@@ -147,19 +69,16 @@ def _table(name: str) -> Table:
     return TABLES[name]
 
 
-def _find(paths: Iterable[str | Path]) -> list[Path]:
-    found: dict[Path, None] = {}
+def _find(paths: Iterable[str | Path]) -> list[Path | original.Source]:
+    """Returns run directories and groups of original files, each once."""
+    found: dict[Path | original.Source, None] = {}
     for given in paths:
         path = Path(given).expanduser().resolve()
-        if not path.is_dir():
-            raise RunDirError(f"{path} is not a directory" if path.exists() else f"{path} does not exist")
-        if RunDir(path).run_yaml.is_file():
-            found[path] = None
-            continue
-        inside = sorted(child.resolve() for child in path.iterdir() if RunDir(child).run_yaml.is_file())
+        inside = list(_inside(path))
         if not inside:
             raise RunDirError(
-                f"{path} is no run directory and holds none: no run.yaml in it or one level below"
+                f"{path} is no run directory and holds none: no run.yaml in it or one level below, and no "
+                "file of the original HyLo scripts"
             )
         found.update(dict.fromkeys(inside))
     if not found:
@@ -167,36 +86,66 @@ def _find(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def _inside(path: Path) -> Iterator[Path | original.Source]:
+    if path.is_file():
+        yield original.of_file(path)
+    elif not path.is_dir():
+        raise RunDirError(f"{path} does not exist")
+    elif RunDir(path).run_yaml.is_file():
+        yield path
+    else:
+        yield from sorted(child.resolve() for child in path.iterdir() if RunDir(child).run_yaml.is_file())
+        yield from original.in_folder(path)
+
+
+def _names(sources: Sequence[Path | original.Source]) -> list[str]:
     """Returns the shortest endings of the paths that tell all of them apart, all of the same depth."""
+    paths = [source if isinstance(source, Path) else source.folder / source.name for source in sources]
     depth = 1
-    while len({path.parts[-depth:] for path in folders}) < len(folders):
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return ["/".join(path.parts[-depth:]) for path in folders]
+    return ["/".join(path.parts[-depth:]) for path in paths]
 
 
-def _load_run(path: Path, name: str, wanted: Sequence[Table]) -> tuple[Run, dict[str, pd.DataFrame]]:
-    run = open_run(path)
-    record = run.record()
+def _load(
+    source: Path | original.Source, name: str, wanted: Sequence[Table], train_rows: int | None
+) -> _Loaded:
+    if isinstance(source, Path):
+        return _load_run(source, name, wanted, train_rows)
+    run, frames = original.read(source, name)
+    kept = {table.name: _thinned(frames.get(table.name, empty(table)), table, train_rows) for table in wanted}
+    return run, kept, []
+
+
+def _load_run(path: Path, name: str, wanted: Sequence[Table], train_rows: int | None) -> _Loaded:
+    run = RunDir(path)
+    record = checked_record(run)
     config = _section(run, record, "config")
     frames, unfinished = _read_metrics(run, wanted)
     kept = {table.name: _last_attempts(frames[table.name], table) for table in wanted}
-    return Run(
+    status, begun = _status(run), _last_begun(run)
+    spent = attempts.facts(run, name, frames, status)
+    loaded = Run(
         name=name,
         path=path,
         experiment=_text(run, config, "exp_name"),
         site=_text(run, config, "site_name"),
         config={part: _section(run, config, part) for part in ("site", "experiment")},
         provenance=_section(run, record, "provenance"),
-        status=_status(run),
-        attempts=len(run.attempts()),
-        world_size=_world_size(run),
+        status=status,
+        attempts=len(spent),
+        world_size=begun.get("world_size"),
         wall_s=_wall_s(frames.values()),
         last_utc=_last_utc(frames.values()),
         dropped_rows={key: len(frames[key]) - len(frame) for key, frame in kept.items()},
         unfinished_files=unfinished,
         cell=_section(run, _section(run, record, "sweep"), "axes"),
-    ), kept
+        hardware=begun.get("hardware") or {},
+        rows={key: len(frame) for key, frame in kept.items()},
+        not_finite=_not_finite(kept),
+        summary=_summary(run),
+    )
+    return loaded, {table.name: _thinned(kept[table.name], table, train_rows) for table in wanted}, spent
 
 
 def _section(run: RunDir, data: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -224,48 +173,83 @@ def _status(run: RunDir) -> Status | None:
     return status
 
 
-def _world_size(run: RunDir) -> int | None:
+def _last_begun(run: RunDir) -> dict[str, Any]:
+    """Returns what the last attempt that began says of itself; empty while none has."""
     for attempt in reversed(run.attempts()):
         if attempt.attempt_yaml.exists():
-            found = read_yaml(attempt.attempt_yaml).get("world_size")
-            if not isinstance(found, int | None):
-                raise RunDirError(
-                    f"{attempt.attempt_yaml}: world_size should be a whole number, is {found!r}"
-                )
-            return found
-    return None
+            return read_yaml(attempt.attempt_yaml)
+    return {}
+
+
+def _summary(run: RunDir) -> str:
+    try:
+        return run.summary_txt.read_text(encoding="utf-8") if run.summary_txt.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunDirError(f"cannot read {run.summary_txt}: {error}") from error
 
 
 def _read_metrics(run: RunDir, wanted: Sequence[Table]) -> tuple[dict[str, pd.DataFrame], tuple[str, ...]]:
+    """Returns the rows of each table, and the files whose last line is unfinished."""
     frames, unfinished = {}, []
     for table in wanted:
-        parts = [empty(table)]
+        parts = []
         for file in sorted(run.metrics_dir.glob(table.pattern)):
             part, is_unfinished = read_file(file, table)
-            parts.append(part)
+            parts += [part] if len(part) else []
             unfinished += [file.name] if is_unfinished else []
-        frames[table.name] = _concat(parts)
+        # an empty part would take part in choosing dtypes, and copying a single one is slow
+        frames[table.name] = (
+            pd.concat(parts, ignore_index=True) if len(parts) > 1 else (*parts, empty(table))[0]
+        )
     return frames, tuple(unfinished)
-
-
-def _concat(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    # Parts without rows carry the columns only; pandas deprecates letting them take part in choosing dtypes.
-    filled = [part for part in parts if len(part)]
-    return pd.concat(filled, ignore_index=True) if filled else parts[0]
 
 
 def _last_attempts(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """Returns the rows that count, ordered by step: for each key the one of the last attempt."""
+    if not len(frame) or (table.key == ("step",) and not table.per_rank and _is_in_order(frame)):
+        return frame
     key = [*table.key, "rank"] if table.per_rank else list(table.key)
+    if "attempt" not in frame:
+        return frame.drop_duplicates(key, keep="last", ignore_index=True)
     by_attempt = frame.sort_values("attempt", kind="stable")
     kept = by_attempt.drop_duplicates(key, keep="last")
     return kept.sort_values("step", kind="stable", ignore_index=True)
 
 
+def _is_in_order(frame: pd.DataFrame) -> bool:
+    """Returns whether no step comes twice and all rows are in order; most runs are never interrupted."""
+    return bool((np.diff(frame["step"].to_numpy()) > 0).all())
+
+
+def _not_finite(frames: Mapping[str, pd.DataFrame]) -> dict[str, NotFinite]:
+    found = {}
+    for name in ("train", "eval"):
+        if name in frames:
+            bad = ~np.isfinite(frames[name]["loss"].to_numpy(float))
+            if bad.any():
+                found[name] = NotFinite(int(bad.sum()), int(frames[name]["step"].to_numpy()[bad][0]))
+    return found
+
+
+def _thinned(frame: pd.DataFrame, table: Table, rows: int | None) -> pd.DataFrame:
+    """Returns the rows to keep of a table, see `load`; new positions."""
+    columns = THINNED.get(table.name)
+    if rows is None or columns is None or len(frame) <= rows:
+        return frame
+    share = rows // len(columns)
+    kept = [thin.kept_points(frame[column].to_numpy(float), share) for column in columns]
+    return frame.iloc[np.unique(np.concatenate(kept))].reset_index(drop=True)
+
+
 def _wall_s(frames: Iterable[pd.DataFrame]) -> float | None:
     # From all rows, also those that a later attempt replaced: that time was spent.
-    clocks = [frame[["attempt", "wall_s"]] for frame in frames if "wall_s" in frame and len(frame)]
-    return float(pd.concat(clocks).groupby("attempt")["wall_s"].max().sum()) if clocks else None
+    furthest: dict[int, float] = {}
+    for frame in frames:
+        if len(frame) and "wall_s" in frame:
+            number, wall_s = frame["attempt"].to_numpy(), frame["wall_s"].to_numpy()
+            for attempt in np.unique(number).tolist():
+                furthest[attempt] = max(furthest.get(attempt, 0.0), float(wall_s[number == attempt].max()))
+    return sum(furthest.values()) if furthest else None
 
 
 def _last_utc(frames: Iterable[pd.DataFrame]) -> str | None:
@@ -275,8 +259,10 @@ def _last_utc(frames: Iterable[pd.DataFrame]) -> str | None:
 
 def _stack(table: Table, by_run: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = {"run": pd.Series([], dtype="str")} | dict(empty(table).items())
-    parts = [pd.DataFrame(columns)]
-    for name, frame in by_run.items():
-        frame.insert(0, "run", pd.Series(name, index=frame.index, dtype="str"))
-        parts.append(frame)
-    return _concat(parts)
+    filled = {name: frame for name, frame in by_run.items() if len(frame)}
+    if not filled:
+        return pd.DataFrame(columns)
+    joined = with_declared_text(pd.concat(filled.values(), ignore_index=True), table)
+    sizes = [len(frame) for frame in filled.values()]
+    joined.insert(0, "run", pd.Series(np.repeat(np.array(list(filled), dtype=object), sizes), dtype="str"))
+    return joined

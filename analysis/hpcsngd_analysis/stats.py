@@ -5,6 +5,7 @@ A run without rows has no entry, so that "nothing measured" never looks like a m
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95, folds: i
     return Interval(mean, mean - half, mean + half, n)
 
 
+@functools.cache
 def student_quantile(confidence: float, freedom: int) -> float:
     """Returns t such that Student's t distribution lies between -t and t with this probability.
 

@@ -35,21 +35,23 @@ def runs_table(runs: Runs) -> pd.DataFrame:
 def notes(runs: Runs) -> dict[str, list[str]]:
     """Returns, for every run, what a reader of its numbers must know; an empty list for nothing."""
     train, evaluation = runs.tables["train"], runs.tables["eval"]
-    not_finite = {"train": stats.not_finite(train), "eval": stats.not_finite(evaluation)}
     rows = {name: set(table["run"].unique()) for name, table in (("train", train), ("eval", evaluation))}
     return {
         run.name: [
             *_state_notes(run),
             *_row_notes(run),
             *_missing_notes(run.name, rows),
-            *_not_finite_notes(run.name, not_finite),
+            *_not_finite_notes(run),
+            *run.notes,
         ]
         for run in runs.records
     }
 
 
 def _state_notes(run: Run) -> Iterator[str]:
-    if run.status is None:
+    if run.origin != "run":
+        yield "from files of the original HyLo scripts, which do not write how a run ended"
+    elif run.status is None:
         seen = f"its last row is of {run.last_utc}" if run.last_utc else "it has written no rows"
         yield f"has not ended, or ended without a word; {seen}"
     elif run.state != "completed":
@@ -72,11 +74,9 @@ def _missing_notes(run: str, rows: Mapping[str, set[str]]) -> Iterator[str]:
         yield f"no {' and no '.join(missing)} rows: absent from those curves"
 
 
-def _not_finite_notes(run: str, not_finite: Mapping[str, pd.DataFrame]) -> Iterator[str]:
-    for table, found in not_finite.items():
-        if run in found.index:
-            count, step = int(found["rows"][run]), int(found["first_step"][run])
-            yield f"{table}: loss is not a finite number in {_rows(count)}, first at step {step}"
+def _not_finite_notes(run: Run) -> Iterator[str]:
+    for table, found in run.not_finite.items():
+        yield f"{table}: loss is not a finite number in {_rows(found.rows)}, first at step {found.first_step}"
 
 
 def _rows(count: int) -> str:

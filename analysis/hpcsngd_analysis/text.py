@@ -6,6 +6,8 @@ import math
 
 from hpcsngd_analysis.tables import NOT_SET
 
+_BYTES = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
+
 
 def share(value: float | None) -> str:
     """Returns a share as per cent with two digits: 0.97222 is ``97.22 %``, with a no-break space."""
@@ -35,3 +37,16 @@ def seconds(value: float | None) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, rest = divmod(round(value / 60), 60)
     return f"{hours:,} h {rest:02d} min"
+
+
+def size(value: float | None) -> str:
+    """Returns a number of bytes with a binary unit: 1536 is ``1.5 KiB``."""
+    if value is None:
+        return NOT_SET
+    word, unit = next(((word, unit) for word, unit in _BYTES if abs(value) >= unit), ("B", 1.0))
+    return f"{value / unit:,.4g}\u00a0{word}"
+
+
+def hours(value: float | None) -> str:
+    """Returns node-hours with three significant digits, and thousands separated from 100 on."""
+    return NOT_SET if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

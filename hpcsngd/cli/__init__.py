@@ -26,11 +26,13 @@ VERBS = {
     "rerun": "runs",
     "diff": "runs",
     "report": "report",
+    "landscape": "landscape",
     "container": "container",
     "show": "configuration",
     "sites": "configuration",
     "experiments": "configuration",
     "doctor": "doctor",
+    "rehearse": "rehearse",
 }
 """Verb -> module of this package that has a command of that name; in the order of ``--help``."""
 

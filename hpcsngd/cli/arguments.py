@@ -71,7 +71,7 @@ ordering = with_options(
 """The options that say when a job may start."""
 
 configuration = with_options(
-    click.option("--site", required=True, type=SITE, help="Where to run: a name or a YAML file."),
+    click.option("--site", type=SITE, help="Where to run: a name or a YAML file."),
     click.option("--exp", required=True, type=EXPERIMENT, help="What to run: a name or a YAML file."),
     click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable."),
     click.option(
@@ -93,30 +93,39 @@ configuration = with_options(
 
 
 def resolve_matrix(
-    *, site: str, exp: str, sets: Sequence[str], axes: Sequence[str], **options: Any
+    *, site: str | None, exp: str, sets: Sequence[str], axes: Sequence[str], **options: Any
 ) -> Matrix | None:
     """Returns the checked cells that the options of `configuration` ask for; None without a matrix.
 
     Raises:
+        UsageError: no site.
         ConfigError: everything that is wrong with it, at once.
     """
     from hpcsngd.config import matrix
 
     given = [matrix.parse(text) for text in axes]
-    return matrix.resolve(site, exp, [*overrides(sets), *_flag_overrides(options)], given)
+    return matrix.resolve(_required(site), exp, [*overrides(sets), *_flag_overrides(options)], given)
 
 
 def resolve_choice(
-    *, site: str, exp: str, sets: Sequence[str], axes: Sequence[str] = (), **options: Any
+    *, site: str | None, exp: str, sets: Sequence[str], axes: Sequence[str] = (), **options: Any
 ) -> Resolved:
     """Returns the checked configuration that the options of `configuration` ask for, without a matrix.
 
     Raises:
+        UsageError: no site.
         ConfigError: everything that is wrong with it, at once.
     """
     from hpcsngd.config.resolve import resolve
 
-    return resolve(site, exp, [*overrides(sets), *_flag_overrides(options)])
+    return resolve(_required(site), exp, [*overrides(sets), *_flag_overrides(options)])
+
+
+def _required(site: str | None) -> str:
+    """Returns the site; one verb can do without, so that click does not ask for it by itself."""
+    if site is None:
+        raise click.UsageError("Missing option '--site'.")
+    return site
 
 
 def overrides(sets: Sequence[str]) -> list[Override]:

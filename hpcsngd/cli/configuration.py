@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
@@ -29,7 +28,10 @@ def show(
     schema: str | None,
     as_json: bool,
 ) -> None:
-    """Show the configuration as it would run; variables such as ${SCRATCH} stay unexpanded."""
+    """Show the configuration as it would run; variables such as ${SCRATCH} stay unexpanded.
+
+    An experiment is explained first: its source, where it departs from that, published results.
+    """
     from hpcsngd.config import present
 
     if schema:
@@ -40,8 +42,24 @@ def show(
     leaves = present.leaves(site, exp, overrides(sets))
     if as_json:
         print_json(present.nested(leaves, with_origins=origins))
+        return
+    if exp is not None:
+        click.echo("\n".join(f"# {line}" for line in present.explanation(exp)))
+        leaves = [leaf for leaf in leaves if leaf.path not in present.EXPLAINED]
+    click.echo(present.text(leaves, with_origins=origins))
+
+
+@click.command()
+@AS_JSON
+def experiments(*, as_json: bool) -> None:
+    """List the known experiments: paper, data, size and resources of each."""
+    from hpcsngd.config import present
+
+    rows = present.experiments()
+    if as_json:
+        print_json(rows)
     else:
-        click.echo(present.text(leaves, with_origins=origins))
+        click.echo("\n".join(line for row in rows for line in present.experiment_lines(row)))
 
 
 @click.command()
@@ -50,23 +68,11 @@ def sites(*, as_json: bool) -> None:
     """List the known sites."""
     from hpcsngd.config import present
 
-    _print_catalogue(present.sites(), as_json)
-
-
-@click.command()
-@AS_JSON
-def experiments(*, as_json: bool) -> None:
-    """List the known experiments."""
-    from hpcsngd.config import present
-
-    _print_catalogue(present.experiments(), as_json)
-
-
-def _print_catalogue(rows: list[dict[str, Any]], as_json: bool) -> None:
+    rows = present.sites()
     if as_json:
         print_json(rows)
         return
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        facts = f"  [{row['facts']}]" if row["facts"] else ""
+        facts = "" if row["error"] else f"  [{row['facts']}]"
         click.echo(f"{row['name']:<{width}}  {row['description']}{facts}")

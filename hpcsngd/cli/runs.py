@@ -87,12 +87,14 @@ def _send_anew(
 
     run = rundir.open_run(path)
     scheduler = str(run.record()["plan"]["scheduler"])
-    waiting = order.directives(scheduler, after=[rundir.open_run(one) for one in after], hold=hold)
+    runs = [rundir.open_run(one) for one in after]
+    waiting = order.directives(scheduler, after=runs, hold=hold)
     submitted = send(
         run,
         [*overrides(sets), *resource_overrides(chosen)],
         argv=sys.argv[1:],
         directives=waiting,
+        after=runs,
         probe=probe,
         **(extra or {}),
     )

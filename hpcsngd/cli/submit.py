@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 @configuration
 @ordering
 @click.option("--dry-run", is_flag=True, help="Print the exact script and per-node command; write nothing.")
+@click.option("--smoke", is_flag=True, help="At its smallest: tiny data, 2 ranks, 2 epochs, CPU; local site.")
 @click.option("--wait", "wait_for_it", is_flag=True, help="Stay until the run ends, then write its report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run, job and result as JSON.")
 def submit(
     *,
     dry_run: bool,
+    smoke: bool,
     wait_for_it: bool,
     as_json: bool,
     after: tuple[Path, ...],
@@ -38,29 +40,40 @@ def submit(
     The run directory is printed; it holds everything about the run. Without --wait the command returns as
     soon as the scheduler has the job. An experiment with a matrix, or --matrix, makes a sweep: one run
     directory for each combination and one job array; given again, it submits those that have not completed.
+    --smoke shows within a minute that an experiment starts, trains and writes its checkpoints: it makes tiny
+    data in the true format and takes the first cell of a matrix.
     """
     from hpcsngd import rundir
+    from hpcsngd.cli import smoke as smallest
     from hpcsngd.launch import order
 
     runs = [rundir.open_run(path) for path in after]
-    if matrix := resolve_matrix(**choice):
+    if not smoke and (matrix := resolve_matrix(**choice)):
         from hpcsngd.cli.sweep import submit_sweep
 
         waiting = order.directives(matrix.cells[0].resolved.site.scheduler.kind, after=runs, hold=hold)
         submit_sweep(
-            matrix, directives=waiting, probe=probe, dry_run=dry_run, wait_for_it=wait_for_it, as_json=as_json
+            matrix,
+            directives=waiting,
+            after=runs,
+            probe=probe,
+            dry_run=dry_run,
+            wait_for_it=wait_for_it,
+            as_json=as_json,
         )
         return
-    resolved = resolve_choice(**choice)
+    resolved = smallest.choose(**choice) if smoke else resolve_choice(**choice)
     waiting = order.directives(resolved.site.scheduler.kind, after=runs, hold=hold)
     if dry_run:
         from hpcsngd.launch.scripts import dry_run as render
 
         click.echo(render(resolved, directives=waiting))
         return
+    if smoke:
+        smallest.write_data(resolved)
     from hpcsngd.launch.submit import submit as send
 
-    submitted = send(resolved, argv=sys.argv[1:], directives=waiting, probe=probe)
+    submitted = send(resolved, argv=sys.argv[1:], directives=waiting, after=runs, probe=probe)
     run = submitted.run
     if not as_json:
         click.echo(f"submitted {run.name}: job {submitted.job_id} on site {resolved.site_name}")

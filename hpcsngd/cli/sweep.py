@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hpcsngd.launch.plan import Directive
     from hpcsngd.launch.sweep import SubmittedSweep
     from hpcsngd.launch.sweep_status import SweepState
+    from hpcsngd.rundir import RunDir
     from hpcsngd.sweepdir import SweepDir
 
 
@@ -24,6 +25,7 @@ def submit_sweep(
     found: Matrix,
     *,
     directives: Mapping[str, Directive],
+    after: Sequence[RunDir],
     probe: bool,
     dry_run: bool,
     wait_for_it: bool,
@@ -41,7 +43,7 @@ def submit_sweep(
         return
     from hpcsngd.launch.sweep import submit
 
-    submitted = submit(found, argv=sys.argv[1:], directives=directives, probe=probe)
+    submitted = submit(found, argv=sys.argv[1:], directives=directives, after=after, probe=probe)
     if not as_json:
         _print_submission(submitted, found.cells[0].resolved.site_name)
     poll_s = found.cells[0].resolved.site.scheduler.poll_s

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 TORCHVISION_PREFIX = "torchvision/"
 
@@ -13,6 +14,27 @@ TORCHVISION_PREFIX = "torchvision/"
 MODELS: dict[str, str] = {
     "digits-cnn": "two 3x3 convolutions and two linear layers for 8x8 digits",
     "3c1f": "three 3x3 convolutions of 128 channels, max-pool, linear 500, linear classes (28x28 input)",
+    "lenet5": "LeNet-5 with ReLU and max-pooling (28x28 input)",
+    "cnn1": "two 3x3 convolutions of 32 and 64 channels, linear 128, dropout (28x28 input)",
+    "cnn2": "two 3x3 convolutions of 32 and 64 channels, each with a pool, linear 512, dropout (32x32 input)",
+    "linear": "one linear layer: logistic regression on pixels or stored features",
+    "resnet20": "residual network for 32x32 images, shortcuts without parameters",
+    "resnet32": "the same with 32 layers",
+    "resnet44": "the same with 44 layers",
+    "resnet56": "the same with 56 layers",
+    "resnet110": "the same with 110 layers",
+    "resnet18-cifar": "ResNet-18 with a 3x3 stem for 32x32 images",
+    "wrn28-10": "wide residual network for 32x32 images: 28 layers, ten times as wide",
+    "wrn28-20": "the same, twenty times as wide",
+    "wrn22-2": "22 layers, twice as wide",
+    "wrn22-4": "22 layers, four times as wide",
+    "wrn40-2": "40 layers, twice as wide",
+    "wrn40-4": "40 layers, four times as wide",
+    "vgg16": "VGG-16 with batch norm and one linear layer for 32x32 images",
+    "vgg19": "VGG-19, the same way",
+    "densenet": "DenseNet with bottlenecks for 32x32 images; by default HyLo's, depth 19 and growth 100",
+    "mobilenetv2": "MobileNetV2 for 32x32 images; with dense: true, HyLo's variant",
+    "unet": "U-Net with batch norm, 32 features, for segmentation",
 }
 
 
@@ -24,30 +46,111 @@ class DatasetFacts:
         description: one line.
         needs_root: whether files must exist below the data root.
         probes: files or folders below the data root; any of them present means that the data are there.
+        folders: where the data may lie below the data root, as ``stage`` copies them; the first that exists.
         system_paths: absolute places where a package manager puts the data.
         get: how a person gets the data.
+        task: what can be learned from it.
+        evaluated: which part is evaluated: a ``test`` set, or a ``validation`` set.
+        resizes: whether ``data.size`` may be chosen.
     """
 
     description: str
     needs_root: bool = False
     probes: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     system_paths: tuple[str, ...] = ()
     get: str = ""
+    task: Literal["classification", "segmentation"] = "classification"
+    evaluated: Literal["test", "validation"] = "test"
+    resizes: bool = False
+
+
+def _idx(name: str, folder: str, torchvision: str, description: str, get: str) -> DatasetFacts:
+    """Returns the facts of a data set of idx files, plain or gzipped."""
+    folders = (f"{torchvision}/raw", folder)
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=tuple(
+            f"{place}train-images-idx3-ubyte{suffix}"
+            for place in (*(f"{folder}/" for folder in folders), "")
+            for suffix in ("", ".gz")
+        ),
+        folders=folders,
+        system_paths=(f"/usr/share/datasets/{name}/train-images-idx3-ubyte.gz",),
+        get=f"{get}, put the four idx files under <data root>/{torchvision}/raw, "
+        "or set data.download=true where the node has internet access",
+    )
+
+
+def _cifar(classes: int, folder: str) -> DatasetFacts:
+    return DatasetFacts(
+        f"50,000 + 10,000 colored 32x32 images of {classes} classes",
+        needs_root=True,
+        probes=(folder,),
+        folders=(folder,),
+        get=f"unpack {folder.replace('-batches-py', '-python')}.tar.gz below the data root, which makes "
+        f"<data root>/{folder}, or set data.download=true where the node has internet access",
+    )
+
+
+def _small_imagenet(size: int) -> DatasetFacts:
+    folder = f"imagenet{size}"
+    return DatasetFacts(
+        f"ImageNet's 1,281,167 + 50,000 images, down-sampled to {size}x{size}",
+        needs_root=True,
+        probes=(f"{folder}/val_data",),
+        folders=(folder,),
+        get=f"unpack image-net.org's Imagenet{size}_train.zip and Imagenet{size}_val.zip (for Python) "
+        f"into <data root>/{folder}: train_data_batch_1 to _10 and val_data",
+        evaluated="validation",
+    )
 
 
 DATASETS: dict[str, DatasetFacts] = {
     "digits": DatasetFacts("1,797 real 8x8 handwritten digits that come with scikit-learn"),
-    "fashion-mnist": DatasetFacts(
+    "mnist": _idx(
+        "mnist", "mnist", "MNIST", "60,000 + 10,000 handwritten digits, 28x28", "get MNIST from its mirrors"
+    ),
+    "fashion-mnist": _idx(
+        "fashion-mnist",
+        "fashion-mnist",
+        "FashionMNIST",
         "60,000 + 10,000 images of clothing, 28x28",
+        "install Debian's package dataset-fashion-mnist",
+    ),
+    "cifar10": _cifar(10, "cifar-10-batches-py"),
+    "cifar100": _cifar(100, "cifar-100-python"),
+    "imagenet": DatasetFacts(
+        "ImageNet-1k, or any images in one folder per class",
         needs_root=True,
-        probes=(
-            "FashionMNIST/raw/train-images-idx3-ubyte",
-            "FashionMNIST/raw/train-images-idx3-ubyte.gz",
-            "fashion-mnist/train-images-idx3-ubyte.gz",
-            "train-images-idx3-ubyte.gz",
-        ),
-        system_paths=("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz",),
-        get="install Debian's package dataset-fashion-mnist, put the four idx files under "
-        "<data root>/FashionMNIST/raw, or set data.download=true where the node has internet access",
+        probes=("imagenet/train", "train"),
+        folders=("imagenet",),
+        get="put the images into <data root>/imagenet/train/<class>/ and <data root>/imagenet/val/<class>/ "
+        "(or validation/<class>/), with the same classes in both",
+        evaluated="validation",
+        resizes=True,
+    ),
+    "imagenet32": _small_imagenet(32),
+    "imagenet64": _small_imagenet(64),
+    "lgg-mri": DatasetFacts(
+        "brain MRI slices of 110 patients with lower-grade glioma, and masks of the tumors",
+        needs_root=True,
+        probes=("kaggle_3m", "lgg-mri-segmentation/kaggle_3m"),
+        folders=("kaggle_3m", "lgg-mri-segmentation/kaggle_3m"),
+        get="unpack Kaggle's mateuszbuda/lgg-mri-segmentation below the data root, which makes "
+        "<data root>/kaggle_3m/<patient>/<patient>_<slice>.tif and _mask.tif",
+        task="segmentation",
+        evaluated="validation",
+        resizes=True,
+    ),
+    "features": DatasetFacts(
+        "stored features of another network, for logistic regression",
+        needs_root=True,
+        probes=("features/features_train.pt", "features_train.pt"),
+        folders=("features",),
+        get="save tensors as <data root>/features/features_train.pt, targets_train.pt, features_val.pt and "
+        "targets_val.pt (float (n, d) and int64 (n,))",
+        evaluated="validation",
     ),
 }

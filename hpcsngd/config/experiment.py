@@ -12,6 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from hpcsngd.config.catalogue import DATASETS, MODELS, TORCHVISION_PREFIX
+from hpcsngd.config.expressions import (
+    ScaledCount,
+    ScaledCountOrNone,
+    ScaledFloat,
+    ScaledShare,
+    ScaledShareOrNone,
+)
 from hpcsngd.config.fields import Strict, Walltime
 from hpcsngd.errors import did_you_mean
 
@@ -23,6 +30,10 @@ class Model(Strict):
     """A model of ours, or `torchvision/<name>`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the model's constructor."""
+    blurpool: bool = False
+    """Blur the input of every strided convolution of at least 16 channels, against aliasing."""
+    channels_last: bool = False
+    """Lay images out with channels last, which some GPUs and CPUs compute faster."""
 
     @field_validator("name")
     @classmethod
@@ -56,6 +67,51 @@ class Folds(Strict):
         return self
 
 
+class Augment(Strict):
+    """Random changes of training images; a sample's follow from the seed, the epoch and its index alone."""
+
+    crop: int = Field(default=0, ge=0)
+    """Pixels of zeros around the image before a crop of its size is taken; 0: none."""
+    flip: bool = False
+    """Mirror half of the images, left to right."""
+    cutout: int = Field(default=0, ge=0)
+    """Side of a square, anywhere, that is set to the mean; 0: none."""
+    resized_crop: bool = False
+    """Take 8 to 100 % of the area in a ratio of 3:4 to 4:3, resized; imagenet only."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Resize by a factor between 1 - scale and 1 + scale; 0: none."""
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Turn by at most so many degrees, either way; 0: none."""
+
+
+class Resolution(Strict):
+    """Training images that grow: from `start` to `end` pixels, in steps of 32 between two epochs."""
+
+    start: int = Field(ge=32, multiple_of=32)
+    """Height and width in pixels before `first_epoch`."""
+    end: int = Field(ge=32, multiple_of=32)
+    """Height and width in pixels from `last_epoch` on."""
+    first_epoch: int = Field(ge=0)
+    """Epoch, from 0, at which they begin to grow."""
+    last_epoch: int = Field(ge=0)
+    """Epoch, from 0, from which they are at `end`."""
+
+    @model_validator(mode="after")
+    def _epochs_rise(self) -> Resolution:
+        if self.last_epoch < self.first_epoch:
+            raise ValueError("last_epoch must not be before first_epoch")
+        return self
+
+
+class Stage(Strict):
+    """A copy on each node's own disk, made once per node behind a lock and verified."""
+
+    to: str
+    """Folder on the node; $NAME is expanded there, e.g. $TMPDIR/data."""
+    archive: str | None = None
+    """Tar file below the data root, unpacked into the folder; null: copy the data set's own folder."""
+
+
 class Data(Strict):
     """The data set."""
 
@@ -73,6 +129,22 @@ class Data(Strict):
     """Use only the first so many test samples of a fixed shuffle."""
     folds: Folds | None = None
     """Cross-validation: evaluate on a held-out part of the training set; the test set stays unseen."""
+    classes: int | None = Field(default=None, ge=2)
+    """Use only the samples of the first so many classes."""
+    size: int | None = Field(default=None, ge=1)
+    """Height and width in pixels that images are brought to; default: 224 for imagenet, 256 for lgg-mri."""
+    eval_size: int | None = Field(default=None, ge=1)
+    """Height and width in pixels in evaluation, imagenet only; default: `size`."""
+    augment: Augment = Augment()
+    """Random changes of training images; none by default."""
+    resolution: Resolution | None = None
+    """Training images that grow, imagenet only; null: of `size`."""
+    stage: Stage | None = None
+    """A copy on each node's own disk; null: read where the data are."""
+    validation_patients: int | None = Field(default=None, ge=1)
+    """How many patients are evaluated, lgg-mri only; default: 10."""
+    split_seed: int = Field(default=42, ge=0)
+    """Decides which patients these are; apart from the experiment's seed, so that all runs have the same."""
 
     @field_validator("name")
     @classmethod
@@ -82,12 +154,37 @@ class Data(Strict):
             raise ValueError(f"unknown data set {name!r}{hint} allowed: {', '.join(DATASETS)}")
         return name
 
+    @model_validator(mode="after")
+    def _fits_the_data_set(self) -> Data:
+        facts = DATASETS[self.name]
+        is_folder, is_segmentation = self.name == "imagenet", facts.task == "segmentation"
+        rules = {
+            "size": (self.size is not None, facts.resizes),
+            "eval_size": (self.eval_size is not None, is_folder),
+            "resolution": (self.resolution is not None, is_folder),
+            "augment.resized_crop": (self.augment.resized_crop, is_folder),
+            "augment.crop": (self.augment.crop > 0, not is_folder),
+            "augment.scale": (self.augment.scale > 0, not is_folder),
+            "augment.rotate": (self.augment.rotate > 0, not is_folder),
+            "augment.cutout": (self.augment.cutout > 0, not is_segmentation),
+            "validation_patients": (self.validation_patients is not None, is_segmentation),
+            "classes": (self.classes is not None, not is_segmentation),
+            "folds": (self.folds is not None, not is_segmentation),
+            "stage": (self.stage is not None, facts.needs_root),
+        }
+        wrong = [key for key, (given, allowed) in rules.items() if given and not allowed]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: not for data set {self.name}")
+        return self
+
 
 class _Optimizer(Strict):
-    lr: float = Field(gt=0)
-    """Peak learning rate; not scaled by the world size."""
+    lr: ScaledFloat
+    """Peak learning rate; scaled by the world size only where written so."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay as torch's optimizer of that name means it: coupled for sgd and adam, else decoupled."""
+    no_decay: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class (BatchNorm2d), whose parameters do not decay."""
 
 
 class SGD(_Optimizer):
@@ -120,7 +217,7 @@ class Muon(_Optimizer):
     """Momentum of the matrices."""
     nesterov: bool = True
     """Nesterov's form."""
-    adamw_lr: float = Field(default=1e-3, gt=0)
+    adamw_lr: ScaledFloat = 1e-3
     """Peak learning rate of the parameters that are not matrices."""
 
 
@@ -149,12 +246,33 @@ class DampingDecay(Strict):
         return self
 
 
+class DampingSteps(Strict):
+    """Damping that is multiplied by a factor at some epochs: hpcsngd.optim.DampingSteps."""
+
+    initial: float = Field(gt=0)
+    """Damping at the start."""
+    factor: float = Field(gt=0)
+    """What it is multiplied by at each milestone."""
+    milestones: list[float] = Field(min_length=1)
+    """Epochs after which it is multiplied."""
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> DampingSteps:
+        if self.milestones != sorted(self.milestones):
+            raise ValueError("milestones must rise")
+        return self
+
+
 def _kind_of_damping(value: object) -> str:
+    if isinstance(value, DampingSteps) or (isinstance(value, dict) and "milestones" in value):
+        return "steps"
     return "decay" if isinstance(value, dict | DampingDecay) else "number"
 
 
 Damping = Annotated[
-    Annotated[float, Field(gt=0), Tag("number")] | Annotated[DampingDecay, Tag("decay")],
+    Annotated[ScaledFloat, Tag("number")]
+    | Annotated[DampingDecay, Tag("decay")]
+    | Annotated[DampingSteps, Tag("steps")],
     Discriminator(_kind_of_damping),
 ]
 
@@ -185,14 +303,14 @@ class HyLo(Strict):
     method: Literal["sngd", "kid", "kis", "hybrid"] = "sngd"
     """Exact; interpolative decomposition; importance sampling; or the last two by turns."""
     damping: Damping = 0.1
-    """Added to the eigenvalues of the Fisher matrix: a number, or a decay by epochs."""
-    refresh_every: int = Field(default=10, ge=1)
+    """Added to the eigenvalues of the Fisher matrix: a number, or one by epochs."""
+    refresh_every: ScaledCount = 10
     """Steps between recomputations of the curvature."""
     stagger: bool = False
     """Refresh some layers at each step, each once in refresh_every steps, so that no step is slow."""
     placement: Literal["auto", "replicate", "owner"] = "auto"
     """Who solves for a layer: every rank, one that sends its result at each step, or what is fewer bytes."""
-    ratio: float = Field(default=1.0, gt=0, le=1)
+    ratio: ScaledShare = 1.0
     """Share of the samples kept by kid and kis."""
     low_rank: int | None = Field(default=None, ge=1)
     """Instead: how many samples they keep, whatever the number of ranks."""
@@ -246,10 +364,10 @@ class KFAC(Strict):
     mc_samples: int = Field(default=1, ge=1)
     """Draws per sample for mc; each costs a backward pass at an update of the factors."""
     damping: Damping = 0.03
-    """Added to the eigenvalues of the Kronecker product: a number, or a decay by epochs."""
-    factor_every: int = Field(default=10, ge=0)
+    """Added to the eigenvalues of the Kronecker product: a number, or one by epochs."""
+    factor_every: ScaledCountOrNone = 10
     """Steps between updates of the factors; 0: none."""
-    inverse_every: int = Field(default=10, ge=0)
+    inverse_every: ScaledCountOrNone = 10
     """Steps between recomputations of the inverses; 0 switches K-FAC off."""
     factor_decay: float = Field(default=0.95, ge=0, lt=1)
     """Weight of the old factors in the running average."""
@@ -381,7 +499,7 @@ class Schedule(Strict):
     """Shape after the warm-up."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Epochs of linear rise from `warmup_start` to 1."""
-    warmup_start: float = Field(default=0.1, ge=0, le=1)
+    warmup_start: ScaledShareOrNone = 0.1
     """Multiple at the very beginning of the warm-up."""
     milestones: list[float] = Field(default_factory=list)
     """Epochs after which the rate is multiplied by `gamma`."""
@@ -389,6 +507,8 @@ class Schedule(Strict):
     """Factor per milestone."""
     final: float = Field(default=0.0, ge=0)
     """Multiple at the end of cosine and linear."""
+    by: Literal["step", "epoch"] = "step"
+    """How often the rate changes: at every step, or as in many published scripts when an epoch begins."""
 
     @model_validator(mode="after")
     def _milestones_fit(self) -> Schedule:
@@ -402,10 +522,19 @@ class Schedule(Strict):
 class Loss(Strict):
     """The training loss."""
 
-    name: Literal["cross_entropy"] = "cross_entropy"
-    """Mean over the samples of the whole global batch."""
+    name: Literal["cross_entropy", "dice"] = "cross_entropy"
+    """Cross-entropy, the mean over the samples of the whole global batch; or one minus the Dice coefficient
+    of a micro-batch's pixels, the mean over micro-batches by their size."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target spread over all classes."""
+    """Share of the target spread over all classes, in training; cross_entropy only."""
+    smooth: float = Field(default=1.0, ge=0)
+    """Added to both sides of Dice's fraction; dice only."""
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> Loss:
+        if self.label_smoothing and self.name == "dice":
+            raise ValueError("label_smoothing belongs to cross_entropy, not dice")
+        return self
 
 
 class Checkpoint(Strict):
@@ -468,6 +597,19 @@ class Restart(Strict):
     """Seconds without progress that count as a hang; default: the site's."""
 
 
+class Published(Strict):
+    """A result that somebody has published."""
+
+    what: str
+    """What was measured, against what."""
+    value: str
+    """The result as it was printed, with its unit."""
+    source: str
+    """Where it is printed."""
+    reproduce: str
+    """The experiments to run, and where the report shows the number."""
+
+
 Axis = Annotated[list[Any], Field(min_length=1)]
 
 
@@ -476,21 +618,27 @@ class Experiment(Strict):
 
     description: str
     """What is trained and why."""
+    paper: str = ""
+    """Short name of the paper, or whose settings these are."""
     reference: str = ""
-    """Paper, table or script that the settings come from."""
-    task: Literal["classification"] = "classification"
-    """What is learned."""
+    """Table, section or script that the settings come from."""
+    corrections: list[str] = Field(default_factory=list)
+    """Where this file departs from the published code or text, and why."""
+    published: list[Published] = Field(default_factory=list)
+    """Headline results that this experiment should be held against."""
+    task: Literal["classification", "segmentation"] = "classification"
+    """What is learned: a class for each image, or a mask."""
     strategy: Literal["ddp"] = "ddp"
     """How ranks work together."""
     model: Model
     """The network."""
     data: Data
     """The data set."""
-    batch_size: int = Field(ge=1)
+    batch_size: ScaledCount
     """Samples per rank and micro-batch."""
     eval_batch_size: int | None = Field(default=None, ge=1)
     """Samples per rank in evaluation; default: batch_size."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: ScaledCount = 1
     """Micro-batches per optimizer step."""
     epochs: int = Field(ge=1)
     """Passes over the training set."""
@@ -521,3 +669,16 @@ class Experiment(Strict):
     matrix: dict[str, Axis] = Field(default_factory=dict)
     """Key path -> list of values: one run for each combination. `include`: a list of mappings, one more
     axis whose keys change together."""
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Experiment:
+        is_segmentation = self.task == "segmentation"
+        if is_segmentation != (DATASETS[self.data.name].task == "segmentation"):
+            raise ValueError(f"data set {self.data.name} is not for task {self.task}")
+        if is_segmentation != (self.model.name == "unet"):
+            raise ValueError(f"model {self.model.name} is not for task {self.task}")
+        if is_segmentation != (self.loss.name == "dice"):
+            raise ValueError(f"loss {self.loss.name} is not for task {self.task}")
+        if is_segmentation and getattr(self.preconditioner, "fisher", "empirical") != "empirical":
+            raise ValueError("fisher: empirical is the only one for task segmentation")
+        return self

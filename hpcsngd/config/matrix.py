@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,10 @@ MAX_CELLS = 100_000
 NO_EFFECT = frozenset(
     {
         "description",
+        "paper",
         "reference",
+        "corrections",
+        "published",
         "checkpoint",
         "diagnostics",
         "resources",
@@ -116,6 +120,11 @@ def parse(text: str) -> tuple[str, list[Any]]:
     return path, list(found)
 
 
+def count(written: Mapping[str, Sequence[Any]]) -> int:
+    """Returns how many cells a matrix makes, as an experiment has it; 1 for none."""
+    return math.prod(len(values) for values in written.values())
+
+
 def resolve(
     site: str,
     experiment: str,
@@ -141,11 +150,8 @@ def resolve(
     axes = _axes(written, layers, given)
     if not axes:
         return None
-    count = 1
-    for axis in axes:
-        count *= len(axis.choices)
-    if count > MAX_CELLS:
-        raise ConfigError(f"the matrix has {count:,} cells; at most {MAX_CELLS:,} are allowed")
+    if (size := math.prod(len(axis.choices) for axis in axes)) > MAX_CELLS:
+        raise ConfigError(f"the matrix has {size:,} cells; at most {MAX_CELLS:,} are allowed")
     cells = _cells(layers, axes)
     _refuse_twins(cells)
     return Matrix(axes, cells, _base_id(layers, axes, cells[0].resolved))
@@ -196,12 +202,21 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse_overlaps(axes: Sequence[Axis]) -> None:
-    paths = [(full_path(key, axis.origin), key, axis.origin) for axis in axes for key in axis.keys]
-    for (path, key, origin), (other, other_key, _) in itertools.combinations(sorted(paths), 2):
-        if other == path or (other.startswith(f"{path}.") and not path.endswith(".name")):
-            raise ConfigError(
-                f"{origin}: the matrix has both {key} and {other_key}; one would undo the other"
-            )
+    """Refuses keys of which one would undo the other in some cell; a cell takes one choice of each axis."""
+    within = [[(key, axis.origin) for key in choice] for axis in axes for choice in axis.choices]
+    among = [
+        [(key, axis.origin), (other, later.origin)]
+        for axis, later in itertools.combinations(axes, 2)
+        for key in axis.keys
+        for other in later.keys
+    ]
+    for keys in [*within, *among]:
+        paths = sorted((full_path(key, origin), key, origin) for key, origin in keys)
+        for (path, key, origin), (other, other_key, _) in itertools.combinations(paths, 2):
+            if other == path or (other.startswith(f"{path}.") and not path.endswith(".name")):
+                raise ConfigError(
+                    f"{origin}: the matrix has both {key} and {other_key}; one would undo the other"
+                )
 
 
 def _cells(layers: Layers, axes: Sequence[Axis]) -> tuple[Cell, ...]:

@@ -1,5 +1,8 @@
 """A site, an experiment and the overrides become one checked configuration; each leaf knows its origin.
 
+A number may be written as an expression of the world size (`hpcsngd.config.expressions`); it is resolved with
+the ranks that this very configuration has.
+
 Precedence: defaults < site file < experiment file (``extends`` one parent) < environment < command line.
 Site and experiment stay two trees; ``experiment.resources`` wins over the site's own numbers. When a mapping
 with a ``name`` (optimizer, preconditioner, model, data) changes its name, it is replaced as a whole: the old
@@ -11,15 +14,15 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from hpcsngd import resources
-from hpcsngd.config import strict
-from hpcsngd.config.experiment import Experiment
+from hpcsngd.config import expressions, strict
+from hpcsngd.config.experiment import Experiment, Resources
 from hpcsngd.config.fields import expand, walltime_minutes
 from hpcsngd.config.messages import explain
 from hpcsngd.config.site import Site
@@ -54,6 +57,7 @@ class Resolved:
         experiment: the experiment.
         origins: key path (``site.nodes``, ``experiment.optimizer.lr``) -> ``file:line``, ``--set ...``, a
             variable or ``default``.
+        expressions: key path -> the expression of the world size that its number comes from.
     """
 
     site_name: str
@@ -61,25 +65,27 @@ class Resolved:
     site: Site
     experiment: Experiment
     origins: dict[str, str] = field(default_factory=dict)
+    expressions: dict[str, str] = field(default_factory=dict)
 
     @property
     def nodes(self) -> int:
         """Returns the number of nodes."""
-        return self.experiment.resources.nodes or self.site.nodes
+        return _nodes(self.site, self.experiment.resources)
 
     @property
     def gpus_per_node(self) -> int:
         """Returns the GPUs used on each node."""
-        wanted = self.experiment.resources.gpus_per_node
-        return self.site.gpus_per_node if wanted is None else wanted
+        return _gpus_per_node(self.site, self.experiment.resources)
 
     @property
     def ranks_per_node(self) -> int:
         """Returns the workers on each node: as asked, else one per GPU, else the site's, else one."""
-        asked = self.experiment.resources.ranks_per_node
-        if asked is None and self.experiment.resources.gpus_per_node is None:
-            asked = self.site.ranks_per_node
-        return asked or self.gpus_per_node or self.site.ranks_per_node or 1
+        return _ranks_per_node(self.site, self.experiment.resources)
+
+    @property
+    def world_size(self) -> int:
+        """Returns the number of ranks."""
+        return self.nodes * self.ranks_per_node
 
     @property
     def walltime_min(self) -> int:
@@ -94,7 +100,23 @@ class Resolved:
             "site": self.site.model_dump(mode="json"),
             "experiment": self.experiment.model_dump(mode="json"),
             "origins": dict(self.origins),
+            "expressions": dict(self.expressions),
         }
+
+
+def _nodes(site: Site, wanted: Resources) -> int:
+    return wanted.nodes or site.nodes
+
+
+def _gpus_per_node(site: Site, wanted: Resources) -> int:
+    return site.gpus_per_node if wanted.gpus_per_node is None else wanted.gpus_per_node
+
+
+def _ranks_per_node(site: Site, wanted: Resources) -> int:
+    asked = wanted.ranks_per_node
+    if asked is None and wanted.gpus_per_node is None:
+        asked = site.ranks_per_node
+    return asked or _gpus_per_node(site, wanted) or site.ranks_per_node or 1
 
 
 def from_record(record: Mapping[str, Any]) -> Resolved:
@@ -110,13 +132,19 @@ def from_record(record: Mapping[str, Any]) -> Resolved:
             Site.model_validate(record["site"]),
             Experiment.model_validate(record["experiment"]),
             dict(record.get("origins", {})),
+            dict(record.get("expressions", {})),
         )
     except (KeyError, ValidationError) as error:
         raise ConfigError(f"run.yaml does not fit this version of hpcsngd: {error}") from error
 
 
-def amend(resolved: Resolved, overrides: Sequence[Override]) -> Resolved:
+def amend(resolved: Resolved, overrides: Sequence[Override], *, anew: bool = False) -> Resolved:
     """Returns a configuration with some values replaced.
+
+    Args:
+        resolved: the configuration.
+        overrides: what to replace.
+        anew: evaluate expressions again, for the ranks that there are now; otherwise numbers stay.
 
     Raises:
         ConfigError: what does not fit the schema; all errors in one message.
@@ -124,10 +152,39 @@ def amend(resolved: Resolved, overrides: Sequence[Override]) -> Resolved:
     record = resolved.to_record()
     trees = {"site": record["site"], "experiment": record["experiment"]}
     origins = dict(resolved.origins)
+    if anew:
+        for path, text in resolved.expressions.items():
+            _put(trees, origins, path, text, origins[path])
     for layer in _names_first(overrides):
         _apply(trees, origins, layer)
+    found = _finished(resolved.site_name, resolved.exp_name, trees, origins)
+    stayed = {
+        path: text
+        for path, text in resolved.expressions.items()
+        if found.origins.get(path) == resolved.origins[path]
+    }
+    return replace(found, expressions=stayed | found.expressions)
+
+
+def _finished(site_name: str, exp_name: str, trees: Tree, origins: Mapping[str, str]) -> Resolved:
+    """Returns trees checked, with an origin for every leaf.
+
+    Raises:
+        ConfigError: what does not fit the schema; all errors in one message.
+    """
     parts = _validate(trees, origins)
-    return Resolved(resolved.site_name, resolved.exp_name, parts["site"], parts["experiment"], origins)
+    dumped = {name: part.model_dump() for name, part in parts.items()}
+    leaves = {path: origins.get(path, "default") for path, _ in walk(dumped)}
+    found = _expressions_in(trees, dumped)
+    return Resolved(site_name, exp_name, parts["site"], parts["experiment"], leaves, found)
+
+
+def _expressions_in(trees: Tree, dumped: Tree) -> dict[str, str]:
+    """Returns key path -> expression of all leaves of the trees that became numbers."""
+    numbers = {path for path, value in walk(dumped) if isinstance(value, int | float)}
+    return {
+        path: value for path, value in walk(trees) if path in numbers and expressions.is_expression(value)
+    }
 
 
 def parse_set(text: str) -> Override:
@@ -236,10 +293,7 @@ class Layers:
         """
         trees, origins = self.applied(more)
         trees = {name: _expand(tree, name, origins, self.environment) for name, tree in trees.items()}
-        parts = _validate(trees, origins)
-        dumped = {name: part.model_dump() for name, part in parts.items()}
-        leaves = {path: origins.get(path, "default") for path, _ in walk(dumped)}
-        return Resolved(self.site_name, self.exp_name, parts["site"], parts["experiment"], leaves)
+        return _finished(self.site_name, self.exp_name, trees, origins)
 
     def applied(self, more: Sequence[Override] = ()) -> tuple[Tree, dict[str, str]]:
         """Returns trees and origins after all overrides, unchecked and without the matrix: of one cell."""
@@ -274,10 +328,27 @@ def read_layers(
     )
 
 
-def resolve_parts(
-    site: str | None, experiment: str | None, overrides: Sequence[Override] = ()
-) -> tuple[dict[str, Site | Experiment], dict[str, str]]:
-    """Returns a site, an experiment or both with their origins; ``${NAME}`` stays, as this is for looking.
+@dataclass(frozen=True)
+class Parts:
+    """A site, an experiment or both, checked for being looked at.
+
+    Attributes:
+        models: ``site`` and ``experiment``, as far as they were asked for.
+        origins: as in `Resolved`, without those of defaults.
+        expressions: as in `Resolved`.
+        world_size: what they were evaluated with.
+    """
+
+    models: dict[str, Site | Experiment]
+    origins: dict[str, str]
+    expressions: dict[str, str]
+    world_size: int
+
+
+def resolve_parts(site: str | None, experiment: str | None, overrides: Sequence[Override] = ()) -> Parts:
+    """Returns a site, an experiment or both; ``${NAME}`` stays, as this is for looking.
+
+    Without a site, the number of ranks is what the experiment's resources say, one where they say nothing.
 
     Raises:
         ConfigError: as `resolve`; also an override of the part that is not there.
@@ -288,7 +359,9 @@ def resolve_parts(
     ]
     for item in _names_first([*from_environment, *overrides]):
         _apply(trees, origins, item)
-    return _validate(trees, origins), origins
+    models = _validate(trees, origins)
+    dumped = {name: part.model_dump() for name, part in models.items()}
+    return Parts(models, origins, _expressions_in(trees, dumped), _world_size(models.get("site"), trees))
 
 
 def load_site(name: str) -> Site:
@@ -297,8 +370,9 @@ def load_site(name: str) -> Site:
     Raises:
         ConfigError: as `resolve`.
     """
-    tree, origins = _load_tree(resources.find_named("site_configs", name))
-    return _checked(Site, "site", tree, _prefixed("site", origins))
+    trees, origins = _read(name, None)
+    site: Site = _validate(trees, origins)["site"]
+    return site
 
 
 def load_experiment(name: str) -> Experiment:
@@ -307,8 +381,9 @@ def load_experiment(name: str) -> Experiment:
     Raises:
         ConfigError: as `resolve`.
     """
-    tree, origins = _load_experiment(resources.find_named("jobs", name))
-    return _checked(Experiment, "experiment", tree, _prefixed("experiment", origins))
+    trees, origins = _read(None, name)
+    experiment: Experiment = _validate(trees, origins)["experiment"]
+    return experiment
 
 
 def _read(site: str | None, experiment: str | None) -> tuple[Tree, dict[str, str]]:
@@ -455,9 +530,10 @@ def _validate(trees: Tree, origins: Mapping[str, str]) -> dict[str, Any]:
     models: dict[str, type[BaseModel]] = {"site": Site, "experiment": Experiment}
     parts: dict[str, Any] = {}
     problems: list[str] = []
-    for name, tree in trees.items():
+    for name in sorted(trees, reverse=True):  # the site first: the number of ranks depends on it
+        context = {expressions.NAME: _world_size(parts.get("site"), trees)}
         try:
-            parts[name] = _checked(models[name], name, tree, origins)
+            parts[name] = _checked(models[name], name, trees[name], origins, context)
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -465,9 +541,26 @@ def _validate(trees: Tree, origins: Mapping[str, str]) -> dict[str, Any]:
     return parts
 
 
-def _checked(model: type[M], prefix: str, tree: Tree, origins: Mapping[str, str]) -> M:
+def _world_size(site: Site | None, trees: Tree) -> int:
+    """Returns the number of ranks of a site and an experiment that is not checked yet.
+
+    Whatever is missing counts as one. Errors in the resources are left to the check that follows.
+    """
+    tree = trees.get("experiment", {}).get("resources")
     try:
-        return model.model_validate(tree)
+        wanted = Resources.model_validate(tree or {})
+    except ValidationError:
+        return 1
+    if site is None:
+        return (wanted.nodes or 1) * (wanted.ranks_per_node or wanted.gpus_per_node or 1)
+    return _nodes(site, wanted) * _ranks_per_node(site, wanted)
+
+
+def _checked(
+    model: type[M], prefix: str, tree: Tree, origins: Mapping[str, str], context: Mapping[str, int]
+) -> M:
+    try:
+        return model.model_validate(tree, context=context)
     except ValidationError as error:
         lines = explain(error, model, tree, lambda path: _nearest(f"{prefix}.{path}", origins))
         raise ConfigError("\n".join(lines)) from error

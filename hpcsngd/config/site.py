@@ -19,9 +19,16 @@ class Scheduler(Strict):
     account: Text | None = None
     """Project that is charged."""
     partition: Text | None = None
-    """Slurm partition."""
+    """Slurm partition; default: the first one in `limits` that allows the job, else the cluster's own."""
     queue: Text | None = None
-    """LSF queue."""
+    """LSF queue; default: the first one in `limits` that allows the job."""
+    flavor: Literal["auto", "ibm", "compatible", "csm"] = "auto"
+    """Of LSF: IBM's, a compatible one without IBM's options, or IBM's with CSM and jsrun (Summit); auto: ask
+    lsid where the job is submitted."""
+    alloc_flags: Text | None = None
+    """LSF with CSM: flags of the allocation in one text, such as `smt4 nvme`: only one option counts."""
+    batch_host: Literal["auto", "yes", "no"] = "auto"
+    """LSF: whether the first host of a job is no compute node; auto: with CSM, or if it has fewer slots."""
     qos: Text | None = None
     """Slurm quality of service."""
     constraint: Text | None = None
@@ -46,15 +53,32 @@ class Scheduler(Strict):
     """Seconds after which a scheduler command that does not answer is given up."""
 
 
+class ResourceSets(Strict):
+    """How jsrun cuts a node into sets of cores and GPUs."""
+
+    per_host: int = Field(ge=1)
+    """Sets on each node: -r."""
+    tasks: int = Field(ge=1)
+    """Tasks in each set: -a."""
+    gpus: int = Field(ge=0)
+    """GPUs of each set: -g."""
+    cores: int = Field(ge=1)
+    """Physical cores of each set: -c."""
+    bind: Text = "none"
+    """How tasks are bound: none, rs or packed:N (-b)."""
+
+
 class Launch(Strict):
     """How workers are started on the allocated nodes."""
 
     mode: Literal["torchrun", "per_rank"] = "torchrun"
     """One torchrun per node, or one process per rank started by the scheduler's launcher."""
-    launcher: Literal["srun", "jsrun", "blaunch", "mpirun", "none"] | None = None
-    """What starts the agents on the nodes; default: srun on Slurm, none on a local site."""
+    launcher: Literal["srun", "jsrun", "blaunch", "lsrun", "mpirun", "none"] | None = None
+    """What starts the agents on the nodes; default: srun on Slurm, by flavor on LSF, none on a local site."""
     args: list[Text] = Field(default_factory=list)
     """More arguments for the launcher."""
+    resource_sets: ResourceSets | None = None
+    """jsrun's resource sets; default: one per node, or one per rank with `gpu_visibility: one`."""
     gpu_visibility: Literal["all", "one"] = "all"
     """Whether a rank sees all GPUs of its node (device = local rank) or only its own (device 0)."""
     python: Text | None = None
@@ -125,6 +149,8 @@ class Limit(Strict):
     """Smallest number of nodes of this row."""
     queue: Text | None = None
     """Partition or queue that the row is about; default: all."""
+    on_request: bool = False
+    """Whether the row's queue is left alone unless it is named, such as one whose jobs are preempted."""
 
 
 class Site(Strict):
@@ -174,6 +200,8 @@ class Site(Strict):
     """The image that workers run in; default: none."""
     data_root: Text | None = None
     """Folder that holds the data sets."""
+    data_root_on: Literal["all", "nodes"] = "all"
+    """Where the data root is seen; nodes: on compute nodes alone, so a submission cannot look into it."""
     run_root: str = "runs"
     """Folder in which run directories are made; relative to where submit is called."""
     limits: list[Limit] = Field(default_factory=list)

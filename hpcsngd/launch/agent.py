@@ -30,7 +30,9 @@ from hpcsngd.launch import (
     ports,
     processes,
     requeue,
-    slurm,
+    schedulers,
+    turn,
+    usage,
     verdict,
     watch,
 )
@@ -38,6 +40,7 @@ from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
 from hpcsngd.launch.walltime import RESERVE_S
+from hpcsngd.rundir import Attempt
 
 Reason = Literal["stop", "moved", "peer", "hang"]
 
@@ -86,18 +89,31 @@ class NodeAgent:
         plan = Plan.from_record(run.plan_record(self.attempt))
         here = place.locate()
         attempt = run.attempt(self.attempt + here.restarts)
+        if is_superseded(attempt, plan, here):
+            log.info("attempt %d is another job's, not job %s's: nothing to do", attempt.number, here.job_id)
+            return
         context = Context(run, plan, here, attempt, place.time_left_s(here, plan))
         is_adopting = processes.adopt_orphans()
         log.info("agent %d of %d on %s, orphans adopted: %s", here.index, here.agents, here.host, is_adopting)
         with Stop() as stop:
             try:
+                if here.is_leader and not turn.has_come(context):
+                    return
                 ended = Supervisor(context, stop).run()
             except Exception as error:
                 outcome.fail(context, error)
                 raise
             finally:
                 processes.kill_descendants()
+            usage.write_own(context, ended.exit_status)
             outcome.conclude(context, ended, stop)
+
+
+def is_superseded(attempt: Attempt, plan: Plan, here: place.Place) -> bool:
+    """Returns whether an attempt belongs to another job: Slurm may start one again that was given up."""
+    if plan.scheduler == "local" or not attempt.submitted_yaml.exists():
+        return False
+    return str(rundir.read_yaml(attempt.submitted_yaml)["job_id"]) != here.job_id
 
 
 class Supervisor:
@@ -162,9 +178,13 @@ class Supervisor:
                 "submitit": version("submitit"),
             },
             "hardware": hardware.facts(),
-            "job": slurm.job_record(self._place.job_id) if self._plan.scheduler == "slurm" else {},
+            "job": self._job_record(),
         }
         rundir.write_yaml(self._attempt.attempt_yaml, facts)
+
+    def _job_record(self) -> dict[str, str]:
+        scheduler = schedulers.of(self._plan.scheduler)
+        return scheduler.job_record(self._place.job_id) if scheduler else {}
 
     def _lead(self) -> Rendezvous:
         """Leases a port and publishes where the next generation meets."""

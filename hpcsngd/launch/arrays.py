@@ -1,34 +1,54 @@
-"""Job arrays: one batch script, and one call of sbatch, for many cells of a sweep.
+"""Job arrays: one batch script, and one call of sbatch or bsub, for many cells of a sweep.
 
 The script runs `hpcsngd.launch.cell` with the sweep's path and the number of a list that was written before,
-so nothing has to be moved into place after sbatch has answered, and a job that Slurm starts again finds its
-cell as before.
+so nothing has to be moved into place after the scheduler has answered, and a job that it starts again finds
+its cell as before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from submitit.core.utils import FailedSubmissionError
 
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch.executors import SlurmSiteExecutor
-from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch import schedulers
+from hpcsngd.launch.executors import LsfSiteExecutor, SlurmSiteExecutor
+from hpcsngd.launch.lsf.plugin import array_limit
+from hpcsngd.launch.plan import Directive, Plan
+from hpcsngd.launch.programs import command_output
 from hpcsngd.sweepdir import SweepDir
 
 DEFAULT_SIZE = 1001
-"""Slurm's own MaxArraySize; the largest index is one less (slurm.conf(5))."""
+"""Slurm's own MaxArraySize; the largest index is one less (slurm.conf(5)). LSF's default is 1000."""
 _SIZE = re.compile(r"^MaxArraySize\s*=\s*(\d+)", re.MULTILINE)
 
 
-class ArrayExecutor(SlurmSiteExecutor):
-    """Submits cells that ask for the same as one array.
+class Array(Protocol):
+    """Cells that ask for the same, to be submitted as one array."""
+
+    @property
+    def script(self) -> str:
+        """Returns the text that the scheduler runs."""
+
+    def send(self) -> str:
+        """Submits the array and returns its job id.
+
+        Raises:
+            SchedulerError: the scheduler refuses, or does not answer as submitit knows it.
+        """
+
+
+def executor(
+    sweep: SweepDir, number: int, plan: Plan, count: int, *, parallel: int | None, after: str = ""
+) -> Array:
+    """Returns what submits cells as one array.
 
     Args:
         sweep: the sweep.
@@ -38,32 +58,64 @@ class ArrayExecutor(SlurmSiteExecutor):
         parallel: how many may run at once; None for no limit.
         after: job id after whose end the array may start; empty for none.
     """
+    asked = dataclasses.replace(plan, directives=_waiting(plan, after))
+    made = LsfArray if plan.scheduler == "lsf" else SlurmArray
+    return made(sweep, number, asked, count, parallel)
 
-    def __init__(
-        self, sweep: SweepDir, number: int, plan: Plan, count: int, *, parallel: int | None, after: str = ""
-    ) -> None:
+
+def _waiting(plan: Plan, after: str) -> dict[str, Directive]:
+    """Returns the plan's directives, and the wait for another array besides what the plan waits for."""
+    if not after:
+        return plan.directives
+    ((name, term),) = schedulers.QUEUES[plan.scheduler].after([after]).items()
+    both = " && " if plan.scheduler == "lsf" else ","
+    before = plan.directives.get(name)
+    return {**plan.directives, name: f"{before}{both}{term}" if before else term}
+
+
+def _command(python: str, sweep: SweepDir, number: int) -> str:
+    words = ["-u", "-m", "hpcsngd.launch.cell", str(sweep.path), str(number)]
+    return f"{python} {shlex.join(words)}"
+
+
+class SlurmArray(SlurmSiteExecutor):
+    """An array of Slurm's; see `executor`."""
+
+    def __init__(self, sweep: SweepDir, number: int, plan: Plan, count: int, parallel: int | None) -> None:
         super().__init__(sweep.submit_dir, plan)
         self._sweep, self._number = sweep, number
         self.parameters["map_count"] = count
         self.parameters["array_parallelism"] = parallel or count
-        asked = [str(self.parameters.get("dependency") or ""), f"afterany:{after}" if after else ""]
-        if any(asked):
-            self.parameters["dependency"] = ",".join(filter(None, asked))
 
     @property
     def _submitit_command_str(self) -> str:
-        words = ["-u", "-m", "hpcsngd.launch.cell", str(self._sweep.path), str(self._number)]
-        return f"{self.python} {shlex.join(words)}"
+        return _command(self.python, self._sweep, self._number)
 
     def send(self) -> str:
-        """Submits the array and returns its job id.
-
-        Raises:
-            SchedulerError: the scheduler refuses, or does not answer as submitit knows it.
-        """
+        """Submits the array and returns its job id; see `Array.send`."""
         self._sweep.submit_dir.mkdir(parents=True, exist_ok=True)
         try:
             return str(self._submit_command(self._submitit_command_str).job_id)
+        except FailedSubmissionError as error:
+            raise SchedulerError(str(error)) from error
+
+
+class LsfArray(LsfSiteExecutor):
+    """An array of LSF's, whose elements count from 1; see `executor`."""
+
+    def __init__(self, sweep: SweepDir, number: int, plan: Plan, count: int, parallel: int | None) -> None:
+        super().__init__(sweep.submit_dir, plan)
+        self._sweep, self._number, self._count = sweep, number, count
+        self.parameters["array_parallelism"] = parallel or count
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return _command(self.python, self._sweep, self._number)
+
+    def send(self) -> str:
+        """Submits the array and returns its job id; see `Array.send`."""
+        try:
+            return self._send(self._submitit_command_str, array=self._count)
         except FailedSubmissionError as error:
             raise SchedulerError(str(error)) from error
 
@@ -80,10 +132,12 @@ def key(plan: Plan) -> str:
     return json.dumps(asked, sort_keys=True)
 
 
-def size_limit(timeout_s: float) -> int:
-    """Returns how many cells an array of this cluster may have; Slurm's default if it does not tell."""
+def size_limit(plan: Plan) -> int:
+    """Returns how many cells an array of this cluster may have; the default if it does not tell."""
+    if plan.scheduler == "lsf":
+        return array_limit()
     try:
-        found = _SIZE.search(command_output(["scontrol", "show", "config"], timeout_s=timeout_s))
+        found = _SIZE.search(command_output(["scontrol", "show", "config"], timeout_s=plan.command_timeout_s))
     except SchedulerError:
         return DEFAULT_SIZE
     return int(found[1]) if found else DEFAULT_SIZE

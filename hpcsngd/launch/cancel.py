@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import remains, slurm, status
+from hpcsngd.launch import remains, schedulers, status
+from hpcsngd.launch.queued import AlreadyEndedError
 from hpcsngd.launch.status import Job, RunState
 from hpcsngd.rundir import RunDir, Status
 
@@ -46,11 +47,11 @@ def cancel(runs: Sequence[RunDir]) -> list[Cancelled]:
     ]
     for run, _, _ in chosen:
         _note(run)
-    _cancel_slurm(chosen)
+    _cancel_queued(chosen)
     words = {run.path: _cancel_local(job) for run, _, job in chosen if job.scheduler == "local"}
     for run, state, job in chosen:
         # nobody else would: no agent has started
-        if state.state == "pending" and not job.has_started and job.scheduler == "slurm":
+        if state.state == "pending" and not job.has_started and schedulers.of(job.scheduler):
             attempt = run.attempts()[-1]
             run.write_status(Status("cancelled", remains.cancelled_by(attempt), attempt.number))
     sent = {run.path for run, _, _ in chosen}
@@ -65,14 +66,15 @@ def _note(run: RunDir) -> None:
     rundir.write_yaml(run.attempts()[-1].cancel_request, facts)
 
 
-def _cancel_slurm(chosen: Sequence[tuple[RunDir, RunState, Job]]) -> None:
-    ids = [job.job_id for _, _, job in chosen if job.scheduler == "slurm"]
-    if not ids:
-        return
-    patience = max(float(run.record()["plan"]["command_timeout_s"]) for run, _, _ in chosen)
-    # a job that ended meanwhile is no error
-    with contextlib.suppress(slurm.AlreadyEndedError):
-        slurm.cancel(ids, timeout_s=patience)
+def _cancel_queued(chosen: Sequence[tuple[RunDir, RunState, Job]]) -> None:
+    for kind, scheduler in schedulers.QUEUES.items():
+        ids = [job.job_id for _, _, job in chosen if job.scheduler == kind]
+        if not ids:
+            continue
+        patience = max(float(run.record()["plan"]["command_timeout_s"]) for run, _, _ in chosen)
+        # a job that ended meanwhile is no error
+        with contextlib.suppress(AlreadyEndedError):
+            scheduler.cancel(ids, timeout_s=patience)
 
 
 def _cancel_local(job: Job) -> str:
@@ -91,5 +93,6 @@ def _cancel_local(job: Job) -> str:
 def _text(state: RunState, was_sent: bool, words: str) -> str:
     if not was_sent:
         return f"had ended already: {state.state}"
-    where = f"Slurm job {state.job_id}" if state.scheduler == "slurm" else f"process {state.job_id}"
+    scheduler = schedulers.of(state.scheduler)
+    where = f"{scheduler.title} job {state.job_id}" if scheduler else f"process {state.job_id}"
     return f"cancelled ({where}, was {state.state}{'; ' + words if words else ''})"

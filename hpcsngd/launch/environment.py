@@ -21,6 +21,12 @@ SCHEDULER_PREFIXES = (
     "SRUN_",
     "SUBMITIT_",
     "LSB_",
+    "LS_EXEC",
+    "LS_JOBPID",
+    "LS_SUBCWD",
+    "BSUB_",
+    "CSM_",
+    "HPCSNGD_LSF_",
     "JSM_",
     "PMI_",
     "PMI2_",
@@ -100,9 +106,11 @@ def rank_environment(
     }
     if not plan.gpus_per_node:
         return result
-    if plan.gpu_visibility == "all":
-        return result | {DEVICE: f"cuda:{local_rank}"}
-    return result | own_device(result, local_rank) | {DEVICE: "cuda:0"}
+    own = {DEVICE: f"cuda:{local_rank}"}
+    if plan.gpu_visibility == "one":
+        own = own_device(result, local_rank) | {DEVICE: "cuda:0"}
+    # the site has the last word
+    return result | own | plan.env
 
 
 def own_device(environment: Mapping[str, str], local_rank: int) -> dict[str, str]:

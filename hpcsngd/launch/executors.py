@@ -1,12 +1,14 @@
 """submitit's executors, taught our sites' rules.
 
 Slurm: the directives come from the plan, any of them can be left out, and ``sbatch`` is called once, in a
-clean environment, with a time limit and its own words in the error. Local: the job gets a session of its own,
+clean environment, with a time limit and its own words in the error. LSF: our own executor, told by the plan.
+Local: the job gets a session of its own,
 so that Ctrl-C and a closed terminal do not end it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -21,8 +23,9 @@ from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from hpcsngd.launch import environment
-from hpcsngd.launch.plan import Plan
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch.lsf.plugin import LsfExecutor
+from hpcsngd.launch.plan import Directive, Plan
+from hpcsngd.launch.programs import command_output
 
 STRAGGLER_WAIT_S = 60
 """After the first agent has ended, srun gives the others this long."""
@@ -68,6 +71,45 @@ class SlurmSiteExecutor(SlurmExecutor):
         )
         job.paths.move_temporary_file(file, "submission_file", keep_as_symlink=True)
         return job
+
+
+class LsfSiteExecutor(LsfExecutor):
+    """Our LSF executor for one plan."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        super().__init__(folder)
+        self._plan = plan
+        self.update_parameters(
+            job_name=plan.job_name,
+            nodes=plan.nodes,
+            tasks_per_node=plan.agents_per_node,
+            time=plan.walltime_min,
+            flavor=plan.flavor,
+            launcher=plan.launcher,
+            launcher_args=plan.launch_args,
+            resource_sets=plan.jsrun_sets,
+            batch_host=plan.batch_host,
+            options=plan.directives,
+            straggler_s=STRAGGLER_WAIT_S,
+            **({"signal_delay_s": math.ceil(plan.stop_margin_s)} if plan.stop_margin_s else {}),
+        )
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Returns that this executor can be made anywhere: a dry run needs no LSF."""
+        return 2
+
+    @property
+    def script(self) -> str:
+        """The text that LSF runs on the job's first host."""
+        return self._make_submission_file_text(self._submitit_command_str, "")
+
+    def directives(self) -> dict[str, Directive]:
+        """Returns what the plan asks for; nothing is added to it."""
+        return dict(self._plan.directives)
+
+    def _command_timeout_s(self) -> float:
+        return self._plan.command_timeout_s
 
 
 class LocalSiteExecutor(LocalExecutor):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from hpcsngd import handover, lifeline, rundir
 from hpcsngd.errors import RunFailedError, SchedulerError
-from hpcsngd.launch import ownjob, remains, requeue, verdict
+from hpcsngd.launch import ownjob, remains, requeue, schedulers, verdict
 from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.stop import Stop
 from hpcsngd.lifeline import Beat
@@ -132,7 +132,7 @@ def _stopped(context: Context, ended: Ended, stop: Stop) -> Ending | None:
 
 
 def _stop_ending(context: Context, stop: Stop, how: str) -> Ending:
-    """Returns why workers were asked to stop, from what was recorded, the clock, Slurm's word and signals."""
+    """Returns why workers were asked to stop, from records, the clock, the scheduler and signals."""
     signals = stop.words() or "a stop request"
     if context.attempt.cancel_request.exists():
         text = f"{remains.cancelled_by(context.attempt)}; the workers {how}"
@@ -142,7 +142,7 @@ def _stop_ending(context: Context, stop: Stop, how: str) -> Ending:
         text = f"wall time of {context.plan.walltime_min} min reached; the workers {how}"
         return Ending("timeout", "timeout", text)
     if fate == "restarting":
-        text = f"Slurm puts the job back in the queue ({signals}); the workers {how}"
+        text = f"the scheduler puts the job back in the queue ({signals}); the workers {how}"
         return Ending("preempted", "preempted", text, is_restarting=True)
     if fate == "ending":
         return Ending("cancelled", "cancelled", f"cancelled ({signals}); the workers {how}")
@@ -155,9 +155,10 @@ def _stop_ending(context: Context, stop: Stop, how: str) -> Ending:
 
 
 def _fate(context: Context) -> ownjob.Fate:
-    if context.plan.scheduler != "slurm":
+    scheduler = schedulers.of(context.plan.scheduler)
+    if scheduler is None:
         return "unknown"
-    job = ownjob.ask(context.place.job_id, timeout_s=context.plan.command_timeout_s)
+    job = scheduler.own_job(context.place.job_id, timeout_s=context.plan.command_timeout_s)
     return job.fate(context.place.restarts) if job else "unknown"
 
 
@@ -203,14 +204,14 @@ def _silent(context: Context, *, wait_s: float) -> list[Beat]:
 
 
 def _record_silence(context: Context, silent: Sequence[Beat], stop: Stop) -> None:
-    """Records that an agent is gone: with its node, unless the launcher has noticed and ends the others."""
-    first = silent[0]
-    node = int(first.name.removeprefix("agent")) // context.plan.agents_per_node
-    if stop.is_terminated:
-        kind, text = "killed", f"the agent of node {node} was killed"
-    else:
-        kind, text = "node_failure", f"node {node} fell silent"
-    context.attempt.write_fault(Fault(kind, text, first.host, node=node))
+    """Records that agents are gone: with their nodes, unless the launcher has noticed and ends the others."""
+    # Slurm, too, ends the others of a lost node, but only to start the job again
+    is_kill = stop.is_terminated and not (_speaks(context, silent) and _fate(context) == "restarting")
+    for beat in silent:
+        node = int(beat.name.removeprefix("agent")) // context.plan.agents_per_node
+        kind = "killed" if is_kill else "node_failure"
+        text = f"the agent of node {node} was killed" if is_kill else f"node {node} fell silent"
+        context.attempt.write_fault(Fault(kind, text, beat.host, node=node))
 
 
 def _speaks(context: Context, silent: Sequence[Beat]) -> bool:

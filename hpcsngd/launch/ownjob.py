@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch.programs import command_output
 
 log = logging.getLogger(__name__)
 

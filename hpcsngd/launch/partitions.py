@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hpcsngd.config.fields import walltime_text
 from hpcsngd.errors import SchedulerError, did_you_mean
-from hpcsngd.launch.slurm import command_output
+from hpcsngd.launch.programs import command_output
 
 SHOW_PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
 SHOW_CONFIG = ("scontrol", "show", "config")

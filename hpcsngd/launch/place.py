@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 
 from submitit import JobEnvironment
 
-from hpcsngd.launch import ownjob
+from hpcsngd.launch import names, schedulers
+from hpcsngd.launch.lsf import node as lsf_node
 from hpcsngd.launch.plan import Plan
 
-_RESTARTS = "SLURM_RESTART_COUNT"
+_RESTARTS = ("SLURM_RESTART_COUNT", lsf_node.RESTARTS)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Place:
 
         A host often calls itself 127.0.0.1, so its own word will not do for others.
         """
-        return "127.0.0.1" if plan.scheduler == "local" else self.hosts[0]
+        return "127.0.0.1" if plan.scheduler == "local" else names.address(self.hosts[0])
 
 
 def locate() -> Place:
@@ -61,8 +61,8 @@ def locate() -> Place:
         index=job.global_rank,
         local_index=job.local_rank,
         agents=job.num_tasks,
-        restarts=int(os.environ.get(_RESTARTS) or 0),
-        host=socket.gethostname(),
+        restarts=max(int(os.environ.get(name) or 0) for name in _RESTARTS),
+        host=names.host_name(),
     )
 
 
@@ -72,9 +72,10 @@ def time_left_s(place: Place, plan: Plan) -> float | None:
     A job's clock runs before its agents start, and its limit may have been changed since the submission.
     Only the leader needs it: many agents would be many questions.
     """
-    if plan.scheduler != "slurm" or not place.is_leader:
+    scheduler = schedulers.of(plan.scheduler)
+    if scheduler is None or not place.is_leader:
         return None
-    job = ownjob.ask(place.job_id, timeout_s=plan.command_timeout_s)
+    job = scheduler.own_job(place.job_id, timeout_s=plan.command_timeout_s)
     return job.left_s if job else None
 
 

@@ -8,7 +8,6 @@ submission and decides nothing again.
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
 import re
 import shutil
@@ -21,7 +20,10 @@ from typing import Any, Literal
 from hpcsngd.config.fields import port_range
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import container, refusals
+from hpcsngd.launch import container, directives, limits, refusals
+from hpcsngd.launch.lsf import flavors
+from hpcsngd.launch.lsf.flavors import Flavor
+from hpcsngd.launch.lsf.launchers import ResourceSets
 
 WORKER = "hpcsngd.train.worker"
 
@@ -39,6 +41,7 @@ class Host:
         image_arch: architecture of an image file, None if it cannot be told.
         runtime: the installed container runtime, None if there is none.
         image_problem: why an image file cannot be used with a site's ``container.code``, None if it can.
+        flavor: the flavor of the LSF that jobs are sent to; asked only if the site does not say.
     """
 
     machine: str
@@ -47,6 +50,7 @@ class Host:
     image_arch: Callable[[str], str | None]
     runtime: str | None = None
     image_problem: Callable[[str, str], str | None] = lambda path, code: None
+    flavor: Callable[[], Flavor] = lambda: "ibm"
 
     @classmethod
     def here(cls) -> Host:
@@ -57,6 +61,7 @@ class Host:
             exists=lambda path: Path(path).expanduser().exists(),
             image_arch=lambda path: container.image_arch(Path(path).expanduser()),
             runtime=next((name for name in container.RUNTIMES if shutil.which(name)), None),
+            flavor=_flavor_here,
             image_problem=lambda path, code: container.image_problem(Path(path).expanduser(), code),
         )
 
@@ -69,14 +74,14 @@ class Plan:
         site_name: the site.
         exp_name: the experiment.
         job_name: the experiment's name as schedulers accept it.
-        scheduler: ``slurm`` or ``local``.
+        scheduler: ``slurm``, ``lsf`` or ``local``.
         nodes: nodes of the job.
         ranks_per_node: workers on each node.
         gpus_per_node: GPUs asked for on each node.
         cpus_per_rank: cores of one worker; None where the site does not count them.
         walltime_min: minutes after which the scheduler ends the attempt; at most the site's limit.
         mode: ``torchrun`` starts one agent per node, ``per_rank`` one agent per rank.
-        launcher: what starts the agents: ``srun`` or ``none``.
+        launcher: what starts the agents: ``srun``, ``jsrun``, ``blaunch``, ``lsrun`` or ``none``.
         launch_args: more words for the launcher.
         agent_python: the interpreter of the agents, on the nodes but outside any image.
         python: the interpreter of the workers.
@@ -101,6 +106,10 @@ class Plan:
             measured.
         hang_timeout_s: seconds without progress that count as a hang.
         start_timeout_s: the same until the first step.
+        flavor: of LSF: ``ibm``, ``compatible`` or ``csm``; empty elsewhere.
+        batch_host: of LSF: whether the first host is no compute node: ``yes``, ``no`` or ``auto``.
+        resource_sets: what the site sets for jsrun, by the names of `ResourceSets`; None: the usual ones.
+        after: paths of runs that must have completed before this one begins, see `hpcsngd.launch.turn`.
     """
 
     site_name: str
@@ -137,6 +146,10 @@ class Plan:
     stop_margin_s: float | None = None
     hang_timeout_s: float = 1800.0
     start_timeout_s: float = 1800.0
+    flavor: Flavor | Literal[""] = ""
+    batch_host: Literal["auto", "yes", "no"] = "auto"
+    resource_sets: dict[str, Any] | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -155,6 +168,16 @@ class Plan:
             return None
         return self.cpus_per_rank * self.ranks_per_node // self.agents_per_node
 
+    @property
+    def jsrun_sets(self) -> ResourceSets | None:
+        """Returns jsrun's resource sets; None with another launcher."""
+        if self.launcher != "jsrun":
+            return None
+        if self.resource_sets:
+            return ResourceSets(**self.resource_sets)
+        cores = (self.cpus_per_rank or 1) * self.ranks_per_node
+        return ResourceSets.usual(self.agents_per_node, self.gpus_per_node, cores, self.gpu_visibility)
+
     def to_record(self) -> dict[str, Any]:
         """Returns plain data for ``run.yaml``; `from_record` reads it back."""
         return {
@@ -171,19 +194,20 @@ class Plan:
         return cls(**values)
 
 
-def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) -> Plan:
+def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER, is_dry: bool = False) -> Plan:
     """Returns the plan of one attempt; writes nothing.
 
     Args:
         resolved: the checked configuration.
         host: the machine that submits; default: this one.
         worker: the module that a worker runs; only tests change it.
+        is_dry: whether the plan is only looked at: what speaks against this machine is then no objection.
 
     Raises:
         PreflightError: the site would refuse the request, or it cannot work; every reason is named.
     """
     host = host or Host.here()
-    problems = refusals.find(resolved, host)
+    problems = refusals.of_the_site(resolved) if is_dry else refusals.find(resolved, host)
     if problems:
         raise PreflightError("\n".join(problems))
     site, restart = resolved.site, resolved.experiment.restart
@@ -198,9 +222,8 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) 
         ranks_per_node=resolved.ranks_per_node,
         gpus_per_node=resolved.gpus_per_node,
         cpus_per_rank=cores // resolved.ranks_per_node if cores else None,
-        walltime_min=refusals.job_walltime_min(resolved),
+        walltime_min=limits.job_walltime_min(resolved),
         mode=launch.mode,
-        launcher=launch.launcher or ("srun" if site.scheduler.kind == "slurm" else "none"),
         launch_args=tuple(launch.args),
         agent_python=host.python,
         container=container.exec_words(site.container, host.runtime) if site.container else (),
@@ -215,14 +238,15 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER) 
         skip_options=tuple(site.scheduler.skip_options),
         command_timeout_s=site.scheduler.command_timeout_s,
         # nobody would start a local run again: its controller goes with it
-        restart_on=tuple(restart.on) if site.scheduler.kind == "slurm" else (),
+        restart_on=() if site.scheduler.kind == "local" else tuple(restart.on),
         max_attempts=restart.max_attempts,
         stop_margin_s=site.stop_margin_s,
         hang_timeout_s=restart.hang_timeout_s or site.hang_timeout_s,
         start_timeout_s=max(site.start_timeout_s, launch.rendezvous_timeout_s),
+        **_launcher(resolved, host),
         **_image(resolved),
     )
-    return dataclasses.replace(plan, directives=directives(resolved, plan))
+    return dataclasses.replace(plan, directives=directives.wanted(resolved, plan))
 
 
 def job_name(text: str) -> str:
@@ -230,50 +254,28 @@ def job_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")[:64] or "hpcsngd"
 
 
-def directives(resolved: Resolved, plan: Plan) -> dict[str, Directive]:
-    """Returns what Slurm is asked, name without dashes -> value; ``True`` stands for a bare option.
+def _flavor_here() -> Flavor:
+    """Returns the flavor of this machine's LSF; IBM's where there is none, for a dry run."""
+    if shutil.which("lsid") is None:
+        return "ibm"
+    from hpcsngd.launch.lsf.plugin import detected_flavor  # submitit is slow to import
 
-    The site's ``options`` come last and win; ``false`` there removes a directive.
-    """
-    scheduler = resolved.site.scheduler
-    wanted: dict[str, Directive | None] = {
-        "job-name": plan.job_name,
-        "nodes": plan.nodes,
-        "ntasks-per-node": plan.agents_per_node,
-        "cpus-per-task": plan.cpus_per_agent,
-        "mem": memory(resolved.site.mem_gb_per_node),
-        "time": plan.walltime_min,
-        "account": scheduler.account,
-        "partition": scheduler.partition,
-        "qos": scheduler.qos,
-        "constraint": scheduler.constraint,
-        "reservation": scheduler.reservation,
-        "wckey": scheduler.wckey,
-        "exclusive": scheduler.exclusive or None,
-        # the scheduler's own restart, after a node's failure
-        "requeue" if "node_failure" in plan.restart_on else "no-requeue": True,
-        "signal": f"USR2@{math.ceil(plan.stop_margin_s)}" if plan.stop_margin_s else None,
-        **_gpus(scheduler.gpu_request, plan.gpus_per_node),
-        **scheduler.options,
+    return detected_flavor()
+
+
+def _launcher(resolved: Resolved, host: Host) -> dict[str, Any]:
+    """Returns the plan's fields about what starts the agents."""
+    scheduler, launch = resolved.site.scheduler, resolved.site.launch
+    if scheduler.kind != "lsf":
+        return {"launcher": launch.launcher or ("srun" if scheduler.kind == "slurm" else "none")}
+    flavor = host.flavor() if scheduler.flavor == "auto" else scheduler.flavor
+    sets = launch.resource_sets
+    return {
+        "flavor": flavor,
+        "launcher": launch.launcher or flavors.default_launcher(flavor, resolved.nodes),
+        "batch_host": scheduler.batch_host,
+        "resource_sets": sets.model_dump() if sets else None,
     }
-    if scheduler.options.get("no-requeue"):
-        wanted["requeue"] = None
-    return {name: value for name, value in wanted.items() if value is not None and value is not False}
-
-
-def memory(mem_gb: float | None) -> str | None:
-    """Returns memory in Slurm's words: ``0`` for all, whole GB or else MB; None asks for nothing."""
-    if mem_gb is None:
-        return None
-    if mem_gb == int(mem_gb):
-        return f"{int(mem_gb)}G" if mem_gb else "0"
-    return f"{round(mem_gb * 1024)}M"
-
-
-def _gpus(request: str, gpus_per_node: int) -> dict[str, Directive | None]:
-    if not gpus_per_node or request == "none":
-        return {}
-    return {"gres": f"gpu:{gpus_per_node}"} if request == "gres" else {"gpus-per-node": gpus_per_node}
 
 
 def _backend(asked: str, gpus_per_node: int) -> str:

@@ -8,17 +8,22 @@ refuses nothing.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpcsngd.config.catalogue import DATASETS
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import partitions, plan, refusals, secrets
+from hpcsngd.launch import limits, partitions, plan, refusals, secrets
+from hpcsngd.launch.lsf import queues
 from hpcsngd.launch.plan import Host, Plan
 from hpcsngd.launch.probe import probe as try_python
+
+log = logging.getLogger(__name__)
 
 MIN_FREE_MB = 256
 """Less room than this does not hold the checkpoints and logs of a small run."""
@@ -57,10 +62,25 @@ def check(
     ]
     if problems:
         raise PreflightError("\n".join(problems))
+    _say_what_is_not_seen(resolved)
     made = plan.make(resolved, worker=worker, host=host)
     if probe:
         try_python(made, _nearest(run_root))
     return made
+
+
+def _say_what_is_not_seen(resolved: Resolved) -> None:
+    """Warns that the data set was not looked for, where the site says that only nodes see it."""
+    data = resolved.experiment.data
+    root = data.root or resolved.site.data_root
+    if root and DATASETS[data.name].needs_root and refusals.is_data_unseen(resolved):
+        log.warning(
+            "data set %s below %s was not looked for: site %s has data_root_on: nodes. "
+            "If it is missing there, the run fails at its start",
+            data.name,
+            root,
+            resolved.site_name,
+        )
 
 
 def folder_problems(run_root: Path) -> Iterator[str]:
@@ -84,6 +104,10 @@ def folder_problems(run_root: Path) -> Iterator[str]:
 def scheduler_problems(resolved: Resolved) -> list[str]:
     """Returns what the scheduler's tables say against a request; nothing where they cannot be read."""
     scheduler = resolved.site.scheduler
+    if scheduler.kind == "lsf" and shutil.which("bqueues"):
+        queue = None if "q" in scheduler.skip_options else limits.queue(resolved)
+        known = queues.ask(timeout_s=scheduler.command_timeout_s)
+        return list(queues.problems(queue, known, resolved.origins.get("site.scheduler.queue", "")))
     if scheduler.kind != "slurm" or shutil.which("scontrol") is None:
         return []
     dropped = set(scheduler.skip_options)
@@ -93,7 +117,7 @@ def scheduler_problems(resolved: Resolved) -> list[str]:
     }
     request = partitions.Request(
         nodes=resolved.nodes,
-        walltime_min=refusals.job_walltime_min(resolved),
+        walltime_min=limits.job_walltime_min(resolved),
         partition=asked["partition"] or None,
         account=asked["account"] or None,
         qos=asked["qos"] or None,
@@ -107,6 +131,9 @@ def _data_problems(resolved: Resolved) -> Iterator[str]:
     if root is None:
         return
     folder = Path(root).expanduser()
+    # what stands here under this name is not what the nodes have
+    if refusals.is_data_unseen(resolved):
+        return
     if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
         yield f"data root {root}: no permission to read it"
 

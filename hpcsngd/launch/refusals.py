@@ -6,7 +6,6 @@ a person sees everything that is wrong at once.
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from hpcsngd import resources
 from hpcsngd.config.catalogue import DATASETS
-from hpcsngd.config.fields import walltime_minutes, walltime_text
 from hpcsngd.config.resolve import Resolved
-from hpcsngd.config.site import Container, Limit
-from hpcsngd.launch import container
+from hpcsngd.config.site import Container
+from hpcsngd.launch import container, limits
 from hpcsngd.launch.images import check
+from hpcsngd.launch.lsf import launchers
 
 if TYPE_CHECKING:
     from hpcsngd.launch.plan import Host
@@ -27,12 +26,24 @@ if TYPE_CHECKING:
 def find(resolved: Resolved, host: Host) -> list[str]:
     """Returns why the request would fail, one sentence each; empty if nothing is known against it."""
     return [
+        *of_the_site(resolved),
+        *of_this_machine(resolved, host),
+    ]
+
+
+def of_the_site(resolved: Resolved) -> list[str]:
+    """Returns what the site's own rules refuse, wherever the question is asked."""
+    return [
         *_unsupported(resolved),
         *_sizes(resolved),
-        *_limits(resolved),
-        *_architecture(resolved, host),
-        *_files(resolved, host),
+        *limits.problems(resolved, _rule(resolved, "limits")),
+        *_resource_sets(resolved),
     ]
+
+
+def of_this_machine(resolved: Resolved, host: Host) -> list[str]:
+    """Returns why a job cannot be sent from a machine, or at all any more; a dry run may still show it."""
+    return [*_retired(resolved), *_architecture(resolved, host), *_files(resolved, host)]
 
 
 def _rule(resolved: Resolved, key: str) -> str:
@@ -60,28 +71,68 @@ def _site_option(resolved: Resolved) -> str:
     return shlex.quote(file if file.endswith((".yaml", ".yml")) else str(Path(file).absolute()))
 
 
+_LAUNCHERS = {
+    "slurm": ("srun", "none"),
+    "lsf": ("jsrun", "blaunch", "lsrun", "none"),
+    "local": ("none",),
+}
+"""What starts agents under each scheduler."""
+
+
+def _retired(resolved: Resolved) -> Iterator[str]:
+    if resolved.site.status == "retired":
+        yield f"{_rule(resolved, 'status')}: the system is retired; its file is kept as a record"
+
+
 def _unsupported(resolved: Resolved) -> Iterator[str]:
     site = resolved.site
     kind = site.scheduler.kind
-    if site.status == "retired":
-        yield f"{_rule(resolved, 'status')}: the system is retired; its file is kept as a record"
-    if kind in ("lsf", "ssh"):
-        yield f"{_rule(resolved, 'scheduler.kind')}: {kind} is not supported yet; allowed: slurm, local"
+    if kind not in _LAUNCHERS:
+        known = ", ".join(_LAUNCHERS)
+        yield f"{_rule(resolved, 'scheduler.kind')}: {kind} is not supported yet; allowed: {known}"
         return
-    allowed = ("srun", "none") if kind == "slurm" else ("none",)
     launcher = site.launch.launcher
-    if launcher not in (None, *allowed):
+    if launcher not in (None, *_LAUNCHERS[kind]):
         yield (
-            f"{_rule(resolved, 'launch.launcher')}: {launcher} does not work with {kind} yet; "
-            f"allowed: {', '.join(allowed)}"
+            f"{_rule(resolved, 'launch.launcher')}: {launcher} does not work with {kind}; "
+            f"allowed: {', '.join(_LAUNCHERS[kind])}"
         )
     agents = resolved.nodes * (resolved.ranks_per_node if site.launch.mode == "per_rank" else 1)
     if kind == "slurm" and launcher == "none" and agents > 1:
         yield f"{_rule(resolved, 'launch.launcher')}: none starts one agent, but this job needs {agents}"
+    if kind == "lsf" and launcher == "none" and resolved.nodes > 1:
+        yield (
+            f"{_rule(resolved, 'launch.launcher')}: none starts agents on the first host only, "
+            f"but this job has {resolved.nodes} nodes"
+        )
     if site.launch.gpu_visibility == "one" and site.launch.mode == "torchrun" and resolved.gpus_per_node:
         yield (
             f"{_rule(resolved, 'launch.gpu_visibility')}: one needs launch.mode: per_rank; "
             "torchrun shows every rank the same GPUs"
+        )
+
+
+def _resource_sets(resolved: Resolved) -> Iterator[str]:
+    """Yields why jsrun could not place the resource sets on a node; a set never spans nodes."""
+    site = resolved.site
+    launcher = site.launch.launcher or ("jsrun" if site.scheduler.flavor == "csm" else None)
+    if site.scheduler.kind != "lsf" or launcher != "jsrun":
+        return
+    if site.cpus_per_node is None:
+        yield f"{_rule(resolved, 'cpus_per_node')}: jsrun is told the cores of a node, so they must be set"
+        return
+    sets = site.launch.resource_sets
+    if sets is None:
+        return
+    rule = _rule(resolved, "launch.resource_sets")
+    placed = launchers.ResourceSets(**sets.model_dump())
+    if problem := placed.misfit(cores=site.cpus_per_node, gpus=site.gpus_per_node):
+        yield f"{rule}: {problem}"
+    tasks = resolved.ranks_per_node if site.launch.mode == "per_rank" else 1
+    if sets.per_host * sets.tasks != tasks:
+        yield (
+            f"{rule}: {sets.per_host} x {sets.tasks} tasks on a node, launch.mode {site.launch.mode} "
+            f"starts {tasks}"
         )
 
 
@@ -99,51 +150,6 @@ def _sizes(resolved: Resolved) -> Iterator[str]:
             f"{_rule(resolved, 'cpus_per_node')}: a node has {site.cpus_per_node} cores, "
             f"asked: {ranks} ranks on it"
         )
-
-
-def job_walltime_min(resolved: Resolved) -> int:
-    """Returns the minutes to ask for one job: the run's, or the site's limit where jobs may be chained."""
-    asked = resolved.walltime_min
-    allowed = [walltime_minutes(row.max_walltime) for row in resolved.site.limits if _is_about(row, resolved)]
-    return min(asked, max(allowed)) if allowed and _may_chain(resolved) else asked
-
-
-def _may_chain(resolved: Resolved) -> bool:
-    return resolved.site.scheduler.kind == "slurm" and "timeout" in resolved.experiment.restart.on
-
-
-def _limits(resolved: Resolved) -> Iterator[str]:
-    rows = resolved.site.limits
-    minutes, asked_min = job_walltime_min(resolved), resolved.walltime_min
-    queue = resolved.site.scheduler.partition or resolved.site.scheduler.queue
-    if rows and not any(
-        _is_about(row, resolved) and minutes <= walltime_minutes(row.max_walltime) for row in rows
-    ):
-        asked = f"{resolved.nodes} node(s) for {walltime_text(asked_min)}"
-        in_queue = f" in {queue}" if queue else ""
-        allowed = "; ".join(_row(row) for row in rows)
-        is_only_long = any(_is_about(row, resolved) for row in rows)
-        advice = "; longer as a chain of jobs: restart.on: [timeout]" if is_only_long else ""
-        yield f"{_rule(resolved, 'limits')}: {asked}{in_queue} fits no row; allowed: {allowed}{advice}"
-    jobs, most = math.ceil(asked_min / minutes), resolved.experiment.restart.max_attempts
-    if jobs > most:
-        yield (
-            f"{walltime_text(asked_min)} in jobs of {walltime_text(minutes)} are {jobs} attempts, "
-            f"restart.max_attempts allows {most}"
-        )
-
-
-def _is_about(row: Limit, resolved: Resolved) -> bool:
-    """Returns whether a row of limits is about this number of nodes and this queue."""
-    queue = resolved.site.scheduler.partition or resolved.site.scheduler.queue
-    right_queue = row.queue is None or queue is None or row.queue == queue
-    return right_queue and row.min_nodes <= resolved.nodes <= row.max_nodes
-
-
-def _row(row: Limit) -> str:
-    """Returns a row as the site file has it."""
-    written = row.model_dump(exclude_defaults=True)
-    return "{" + ", ".join(f"{key}: {value}" for key, value in written.items()) + "}"
 
 
 def _architecture(resolved: Resolved, host: Host) -> Iterator[str]:
@@ -197,12 +203,20 @@ def _image(resolved: Resolved, wanted: Container, host: Host) -> Iterator[str]:
         )
 
 
+def is_data_unseen(resolved: Resolved) -> bool:
+    """Returns whether the data set is on compute nodes alone: nothing can be said of it from here."""
+    site = resolved.site
+    return site.data_root_on == "nodes" and site.scheduler.kind != "local"
+
+
 def _data(resolved: Resolved, host: Host) -> Iterator[str]:
     data = resolved.experiment.data
     facts = DATASETS[data.name]
     if not facts.needs_root or data.download or any(host.exists(path) for path in facts.system_paths):
         return
     root = data.root or resolved.site.data_root
+    if root and is_data_unseen(resolved):
+        return
     if root is None:
         # a cluster's nodes may have the system package that this machine lacks
         if resolved.site.scheduler.kind == "local":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from hpcsngd.errors import ConfigError, PreflightError
 from hpcsngd.launch import preflight, provenance, status
 from hpcsngd.launch.plan import Directive
 from hpcsngd.launch.sending import send
-from hpcsngd.launch.submit import Submitted, need_scheduler, submit
+from hpcsngd.launch.submit import Submitted, need_scheduler, paths, submit
 from hpcsngd.rundir import RunDir
 
 _MAY_CHANGE = ("site.", "experiment.resources.")
@@ -25,6 +26,7 @@ def resume(
     *,
     argv: Sequence[str],
     directives: Mapping[str, Directive] | None = None,
+    after: Sequence[RunDir] = (),
     probe: bool = False,
 ) -> Submitted:
     """Submits another attempt of a run that has ended; it goes on from the newest checkpoint.
@@ -34,6 +36,7 @@ def resume(
         overrides: what to ask for instead: resources and keys of the site. What is trained stays.
         argv: the command line, for the record.
         directives: more directives for this submission.
+        after: as for `hpcsngd.launch.submit.submit`.
         probe: as for `hpcsngd.launch.submit.submit`.
 
     Raises:
@@ -51,7 +54,8 @@ def resume(
         raise PreflightError(f"{run.name} has completed; to do it again: hpcsngd rerun")
     resolved = resolve.amend(_configuration(run), overrides)
     old = run.plan_record(state.attempt)
-    made = preflight.check(resolved, run_root=run.path.parent, worker=str(old["worker"]), probe=probe)
+    checked = preflight.check(resolved, run_root=run.path.parent, worker=str(old["worker"]), probe=probe)
+    made = dataclasses.replace(checked, after=paths(after))
     need_scheduler(made)
     attempt = run.attempt(run.attempts()[-1].number + 1 if run.attempts() else 1)
     rundir.write_yaml(
@@ -74,6 +78,7 @@ def rerun(
     argv: Sequence[str],
     run_root: Path | None = None,
     directives: Mapping[str, Directive] | None = None,
+    after: Sequence[RunDir] = (),
     probe: bool = False,
 ) -> Submitted:
     """Submits a new run with the configuration of another.
@@ -84,6 +89,7 @@ def rerun(
         argv: the command line, for the record.
         run_root: folder for the new run; default: that of the old one, or the site's for a cell of a sweep.
         directives: more directives for this submission.
+        after: as for `hpcsngd.launch.submit.submit`.
         probe: as for `hpcsngd.launch.submit.submit`.
 
     Raises:
@@ -94,11 +100,12 @@ def rerun(
     record = run.record()
     beside = None if "sweep" in record else run.path.parent
     return submit(
-        resolve.amend(_configuration(run), overrides),
+        resolve.amend(_configuration(run), overrides, anew=True),
         argv=argv,
         run_root=run_root or beside,
         worker=str(record["plan"]["worker"]),
         directives=directives,
+        after=after,
         probe=probe,
         origin={"rerun_of": str(run.path)},
     )

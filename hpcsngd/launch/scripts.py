@@ -13,33 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcsngd.config.resolve import Resolved
-from hpcsngd.launch import commands, environment, plan, secrets
-from hpcsngd.launch.executors import SlurmSiteExecutor
+from hpcsngd.launch import causes, commands, environment, plan, refusals, secrets
+from hpcsngd.launch.executors import LsfSiteExecutor, SlurmSiteExecutor
+from hpcsngd.launch.lsf import launchers
 from hpcsngd.launch.plan import Directive, Host, Plan
 from hpcsngd.rundir import RunDir
 
+_SHOWN = 30
+"""Longer values of options are not repeated where their causes are listed."""
 RUN_DIR = "RUN_DIR"
 """Stands for the run directory's name, which is made at submission."""
 
-# which key of the configuration a directive comes from; options and the rest are found by name
-_CAUSES: dict[str, str] = {
-    "job-name": "the experiment's name",
-    "nodes": "experiment.resources.nodes|site.nodes",
-    "ntasks-per-node": "site.launch.mode",
-    "cpus-per-task": "site.cpus_per_node",
-    "gpus-per-node": "experiment.resources.gpus_per_node|site.gpus_per_node",
-    "gres": "experiment.resources.gpus_per_node|site.gpus_per_node",
-    "mem": "site.mem_gb_per_node",
-    "time": "experiment.resources.walltime|site.walltime",
-    "array": "the matrix and site.scheduler.parallel_cells",
-    "requeue": "experiment.restart.on",
-    "no-requeue": "experiment.restart.on",
-    "signal": "site.stop_margin_s",
-    "dependency": "--after",
-    "hold": "--hold",
-    "open-mode": "submitit: a requeued job keeps its logs",
-    "output": "submitit's folder",
-    "error": "submitit's folder",
+_FIRST_HOST = {
+    "slurm": "the first host that Slurm gives",
+    "lsf": "the first compute host that LSF gives; a batch host has no rank and is not the master",
 }
 
 _COMMAND_KEYS = (
@@ -60,8 +47,13 @@ _COMMAND_KEYS = (
 
 
 def script(made: Plan, run_dir: Path) -> str:
-    """Returns the text that is submitted to Slurm for a run directory."""
-    return SlurmSiteExecutor(RunDir(run_dir).submit_dir, made).script
+    """Returns the text that is submitted for a run directory; on a local site, the command."""
+    submit_dir = RunDir(run_dir).submit_dir
+    if made.scheduler == "slurm":
+        return SlurmSiteExecutor(submit_dir, made).script
+    return (
+        LsfSiteExecutor(submit_dir, made).script if made.scheduler == "lsf" else _local_command(made, run_dir)
+    )
 
 
 def dry_run(
@@ -79,11 +71,17 @@ def dry_run(
         PreflightError: what the site's rules refuse; a submission also asks the scheduler.
     """
     secrets.refuse(resolved)
-    made = plan.make(resolved, host=host)
+    host = host or Host.here()
+    made = plan.make(resolved, host=host, is_dry=True)
     made = dataclasses.replace(made, directives=made.directives | dict(directives or {}))
     run_dir = Path(resolved.site.run_root).expanduser().absolute() / RUN_DIR
-    sent = script(made, run_dir) if made.scheduler == "slurm" else _local_command(made, run_dir)
-    return "\n\n".join([_headline(made), *details(resolved, made, run_dir, sent)]) + "\n"
+    head = "\n".join([_headline(made), *_objections(resolved, host)])
+    return "\n\n".join([head, *details(resolved, made, run_dir, script(made, run_dir))]) + "\n"
+
+
+def _objections(resolved: Resolved, host: Host) -> list[str]:
+    found = refusals.of_this_machine(resolved, host)
+    return [f"# a submission from here would be refused: {words}" for words in found]
 
 
 def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[str]:
@@ -100,6 +98,8 @@ def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[st
             f"# --- script for sbatch\n{sent.rstrip()}",
             "# --- where it comes from\n" + explain(sent, resolved),
         ]
+    elif made.scheduler == "lsf":
+        blocks = _lsf(resolved, made, run_dir, sent)
     else:
         blocks = [f"# --- started on this machine, in a session of its own\n{sent}"]
     return [
@@ -114,20 +114,47 @@ def explain(text: str, resolved: Resolved) -> str:
     """Returns one line per directive of a script: the directive, its cause, and the file and line of it."""
     rows = []
     for name in re.findall(r"^#SBATCH --([A-Za-z0-9-]+)", text, flags=re.MULTILINE):
-        cause, where = _cause(name, resolved)
+        cause, where = causes.cause(name, resolved, causes.SLURM)
         rows.append(f"--{name:<18} {cause:<40} {where}".rstrip())
     return "\n".join(rows)
 
 
-def _cause(name: str, resolved: Resolved) -> tuple[str, str]:
-    if f"site.scheduler.options.{name}" in resolved.origins:
-        key = f"site.scheduler.options.{name}"
-        return key, resolved.origins[key]
-    keys = _CAUSES.get(name, f"site.scheduler.{name}").split("|")
-    for key in keys:
-        if resolved.origins.get(key, "default") != "default":
-            return key, resolved.origins[key]
-    return keys[-1], resolved.origins.get(keys[-1], "")
+def _lsf(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[str]:
+    """Returns bsub's command line, the script, and what starts the agents, each with its causes."""
+    submit_dir = RunDir(run_dir).submit_dir
+    words = LsfSiteExecutor(submit_dir, made).bsub_words(submit_dir / "SCRIPT.sh")
+    hosts = [f"HOST{number}" for number in range(made.nodes)]
+    started = launchers.commands(
+        made.launcher,
+        hosts,
+        [made.agent_python, *launchers.STARTER],
+        sets=made.jsrun_sets,
+        args=made.launch_args,
+    )
+    where = "on the batch host" if made.jsrun_sets else "on the job's first host"
+    why = causes.jsrun(made, started[0], resolved) if made.jsrun_sets else []
+    blocks = [
+        f"# --- submitted with\n{shlex.join(words)}",
+        "# --- where it comes from\n" + explain_bsub(words, resolved),
+        f"# --- script that LSF runs {where}\n{sent.rstrip()}",
+        "# --- it starts agents on the compute nodes with\n" + "\n".join(map(shlex.join, started)),
+    ]
+    return [*blocks, "# --- where it comes from\n" + "\n".join(why)] if why else blocks
+
+
+def explain_bsub(words: Sequence[str], resolved: Resolved) -> str:
+    """Returns one line per option of bsub: the option, its cause, and the file and line of it."""
+    rows = []
+    for position, word in enumerate(words[1:-1], start=1):
+        if not word.startswith("-"):
+            continue
+        following = words[position + 1]
+        is_bare = following.startswith("-") or position + 1 == len(words) - 1
+        value = "" if is_bare else f" {following}"
+        shown = word + (value if len(value) <= _SHOWN else " ...")
+        cause, where = causes.cause(word[1:], resolved, causes.LSF)
+        rows.append(f"{shown:<36} {cause:<50} {where}".rstrip())
+    return "\n".join(rows)
 
 
 def _origins(keys: Sequence[str], resolved: Resolved) -> str:
@@ -153,7 +180,9 @@ def _workers(made: Plan, run_dir: Path) -> str:
     port = f"# PORT: leased on node 0 at the start, {first if first == last else f'{first}-{last}'}"
     address, legend = ("127.0.0.1", [port])
     if made.scheduler != "local":
-        address, legend = "HOST0", ["# HOST0: the first host that Slurm gives", port]
+        address, legend = "HOST0", [f"# HOST0: {_FIRST_HOST[made.scheduler]}", port]
+    if text := causes.devices(made):
+        legend.append(f"# {text}")
     if made.mode == "per_rank":
         title = "# --- each rank runs, with RANK and LOCAL_RANK of its own and"
         legend.append(f"# WORLD_SIZE={made.world_size} MASTER_ADDR={address} MASTER_PORT=PORT")

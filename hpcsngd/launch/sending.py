@@ -6,17 +6,28 @@ import dataclasses
 import logging
 import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
+from submitit.core.core import Executor
 from submitit.core.utils import FailedSubmissionError
 
 from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
 from hpcsngd.launch import processes
-from hpcsngd.launch.executors import LocalSiteExecutor, SlurmSiteExecutor
+from hpcsngd.launch.executors import LocalSiteExecutor, LsfSiteExecutor, SlurmSiteExecutor
 from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import RunDir
 
 log = logging.getLogger(__name__)
+
+# options for every submission of a user
+_OVERRIDES = ("SBATCH_", "BSUB_", "LSB_DEFAULT", "LSB_SUB_")
+EXECUTORS: dict[str, Callable[[Path, Plan], Executor]] = {
+    "slurm": SlurmSiteExecutor,
+    "lsf": LsfSiteExecutor,
+    "local": LocalSiteExecutor,
+}
 
 
 def send(run: RunDir, plan: Plan, attempt: int, **directives: Directive) -> str:
@@ -26,7 +37,7 @@ def send(run: RunDir, plan: Plan, attempt: int, **directives: Directive) -> str:
         run: the run.
         plan: what is asked for.
         attempt: its number; the folder need not exist.
-        directives: more for Slurm than the plan has, for this submission only, such as ``dependency``.
+        directives: more than the plan has, for this submission only, such as ``dependency``.
 
     Raises:
         SchedulerError: the scheduler is missing, refuses, or does not answer as submitit knows it.
@@ -36,8 +47,7 @@ def send(run: RunDir, plan: Plan, attempt: int, **directives: Directive) -> str:
     say_what_is_dropped()
     run.submit_dir.mkdir(exist_ok=True)
     asked = dataclasses.replace(plan, directives={**plan.directives, **directives})
-    executor_class = SlurmSiteExecutor if plan.scheduler == "slurm" else LocalSiteExecutor
-    executor = executor_class(run.submit_dir, asked)
+    executor = EXECUTORS[plan.scheduler](run.submit_dir, asked)
     try:
         job_id = str(executor.submit(NodeAgent(str(run.path), attempt)).job_id)
     except FailedSubmissionError as error:
@@ -60,7 +70,7 @@ def job_facts(plan: Plan, job_id: str) -> dict[str, str | int | None]:
 
 
 def say_what_is_dropped() -> None:
-    """Warns of variables of sbatch's own, which are kept from it."""
-    names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+    """Warns of variables of sbatch's and bsub's own, which are kept from them."""
+    names = sorted(name for name in os.environ if name.startswith(_OVERRIDES))
     if names:
-        log.warning("ignored, because they would override the script: %s", ", ".join(names))
+        log.warning("ignored, because they would override what the job asks for: %s", ", ".join(names))

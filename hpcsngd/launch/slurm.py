@@ -1,20 +1,18 @@
-"""Slurm's words: parse what its programs print, map its states to ours. One place runs the programs.
+"""Slurm's words: parse what its programs print, map its states to ours.
 
-Parsing is pure and tested on recorded output. `command_output` is the only subprocess, always with a time
-limit: a controller that is down lets its clients hang for minutes.
+Parsing is pure and tested on recorded output.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpcsngd.errors import SchedulerError
-
-PENDING, RUNNING, ENDED, UNKNOWN = "pending", "running", "ended", "unknown"
+from hpcsngd.launch.programs import command_output
+from hpcsngd.launch.queued import ENDED, PENDING, RUNNING, UNKNOWN, AlreadyEndedError, Answer
 
 # job state codes of squeue(1) and sacct(1), Slurm 20.02 to 24.11
 _PHASES: dict[str, str] = {
@@ -113,6 +111,11 @@ class Job:
         """Returns `PENDING`, `RUNNING`, `ENDED` or, for a word we do not know, `UNKNOWN`."""
         return _PHASES.get(self.state, UNKNOWN)
 
+    @property
+    def is_success(self) -> bool:
+        """Returns whether Slurm saw it end with exit status 0."""
+        return self.state == "COMPLETED"
+
     def waiting(self) -> str:
         """Returns why a pending job does not run: Slurm's word, and what it means."""
         known = _REASONS.get(self.detail.partition(",")[0])
@@ -206,21 +209,6 @@ def utc(local: str) -> str:
     return moment.isoformat(timespec="seconds")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What Slurm said.
-
-    Attributes:
-        jobs: what it knows, by job id.
-        is_complete: whether a job that is not listed has left the queue; false if squeue could not be asked.
-        complaints: what the programs that failed said.
-    """
-
-    jobs: Mapping[str, Job]
-    is_complete: bool = True
-    complaints: tuple[str, ...] = ()
-
-
 def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
     """Returns what Slurm knows of these jobs: one squeue, and one sacct for those it does not list.
 
@@ -233,10 +221,6 @@ def ask(job_ids: Sequence[str], *, timeout_s: float) -> Answer:
     past, past_complaint = _listed(SACCT, missing, timeout_s) if missing else ({}, "")
     complaints = tuple(filter(None, (queue_complaint, past_complaint)))
     return Answer(past | queue, not queue_complaint, complaints)
-
-
-class AlreadyEndedError(SchedulerError):
-    """Slurm has nothing to cancel: the jobs have ended or are forgotten."""
 
 
 def cancel(job_ids: Sequence[str], *, timeout_s: float) -> None:
@@ -252,6 +236,15 @@ def cancel(job_ids: Sequence[str], *, timeout_s: float) -> None:
         if "Invalid job id" in str(error) or "already completing" in str(error):
             raise AlreadyEndedError(str(error)) from error
         raise
+
+
+def requeue(job_id: str, *, timeout_s: float) -> None:
+    """Puts a running job back in the queue under its id.
+
+    Raises:
+        SchedulerError: scontrol is missing, refuses or does not answer.
+    """
+    command_output(["scontrol", "requeue", job_id], timeout_s=timeout_s)
 
 
 def job_record(job_id: str) -> dict[str, str]:
@@ -279,39 +272,3 @@ def _listed(program: Sequence[str], job_ids: Sequence[str], timeout_s: float) ->
     except SchedulerError as error:
         # squeue refuses a single id that it has forgotten: that is an answer, not a failure
         return {}, "" if "Invalid job id" in str(error) else str(error)
-
-
-def command_output(words: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None) -> str:
-    """Returns what a scheduler's program prints.
-
-    Raises:
-        SchedulerError: it is missing, fails or does not answer in time; with its own words.
-    """
-    name = words[0]
-    try:
-        done = subprocess.run(
-            list(words),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout_s,
-            env=env,
-            errors="replace",
-        )
-    except FileNotFoundError as error:
-        raise SchedulerError(f"{name} is not installed here or not in PATH; is this a login node?") from error
-    except PermissionError as error:
-        raise SchedulerError(f"{name} cannot be run: {error.strerror}") from error
-    except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"{name} did not answer within {timeout_s:g} s") from error
-    if done.returncode:
-        raise SchedulerError(f"{name} refused: {_one_line(done.stderr or done.stdout) or 'no reason given'}")
-    return done.stdout
-
-
-def _one_line(text: str) -> str:
-    return " / ".join(_nonempty(text.splitlines()))
-
-
-def _nonempty(lines: Iterable[str]) -> list[str]:
-    return [line.strip() for line in lines if line.strip()]

@@ -15,9 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcsngd import rundir
-from hpcsngd.launch import processes, remains, slurm
+from hpcsngd.launch import processes, remains, schedulers
+from hpcsngd.launch.queued import ENDED, PENDING, UNKNOWN, Answer
 from hpcsngd.rundir import Attempt, Fault, RunDir, Status
 from hpcsngd.tables import TABLES
+
+RETURN_S = 60.0
+"""A job that was put back in the queue is pending again after this time, or will not be."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class RunState:
             and nobody knows how it ended.
         reason: one line; empty when there is nothing to say.
         attempt: number of the newest attempt.
-        scheduler: slurm or local.
+        scheduler: slurm, lsf or local.
         job_id: the scheduler's id; empty if nothing was submitted.
         host: the host of the submission on a local site, else empty.
         fault_kind: one of `rundir.FAULT_KINDS` for a run that ended badly, else empty.
@@ -90,7 +94,7 @@ class Job:
     """The newest job of a run, as its directory tells.
 
     Attributes:
-        scheduler: slurm or local.
+        scheduler: slurm, lsf or local.
         job_id: the scheduler's id, or the controller's process id.
         host: where it was submitted.
         start_ticks: with the process id, names the controller for as long as the machine is up.
@@ -134,17 +138,22 @@ def states(runs: Sequence[RunDir]) -> list[RunState]:
     records = [run.record() for run in runs]
     jobs = [newest_job(run) for run in runs]
     ended = [current(run) for run in runs]
-    asked = [
-        job.job_id
-        for job, status in zip(jobs, ended, strict=True)
-        if job and not status and job.scheduler == "slurm"
-    ]
+    open_jobs = [job for job, status in zip(jobs, ended, strict=True) if job and not status]
     patience = max((float(record["plan"]["command_timeout_s"]) for record in records), default=0.0)
-    answer = slurm.ask(asked, timeout_s=patience) if asked else slurm.Answer({})
+    answers = _answers(open_jobs, patience)
     return [
-        _state(run, record, job, _ended_word(status) if status else _word(run, job, answer))
+        _state(run, record, job, _ended_word(status) if status else _word(run, job, answers))
         for run, record, job, status in zip(runs, records, jobs, ended, strict=True)
     ]
+
+
+def _answers(jobs: Sequence[Job], timeout_s: float) -> dict[str, Answer]:
+    """Returns kind of scheduler -> what it says of those of the jobs that are its own."""
+    answers = {}
+    for kind, scheduler in schedulers.QUEUES.items():
+        if asked := [job.job_id for job in jobs if job.scheduler == kind]:
+            answers[kind] = scheduler.ask(asked, timeout_s=timeout_s)
+    return answers
 
 
 def current(run: RunDir) -> Status | None:
@@ -178,10 +187,13 @@ def _ended_word(status: Status) -> _Word:
     return _Word(status.state, status.reason, kind, status.fault, status.result)
 
 
-def _word(run: RunDir, job: Job | None, answer: slurm.Answer) -> _Word:
+def _word(run: RunDir, job: Job | None, answers: Mapping[str, Answer]) -> _Word:
     if job is None:
         return _Word("lost", "it was never submitted: submission was interrupted", "unknown")
-    return _local_word(run, job) if job.scheduler == "local" else _slurm_word(run, job, answer)
+    scheduler = schedulers.of(job.scheduler)
+    if scheduler is None:
+        return _local_word(run, job)
+    return _queue_word(run, job, scheduler.title, answers[job.scheduler])
 
 
 def _local_word(run: RunDir, job: Job) -> _Word:
@@ -194,7 +206,7 @@ def _local_word(run: RunDir, job: Job) -> _Word:
     return _by_remains(run, gone, may_be_complete=True)
 
 
-def _slurm_word(run: RunDir, job: Job, answer: slurm.Answer) -> _Word:
+def _queue_word(run: RunDir, job: Job, title: str, answer: Answer) -> _Word:
     found = answer.jobs.get(job.job_id)
     complaints = "; ".join(answer.complaints)
     by_files = "running" if job.has_started else "pending"
@@ -202,16 +214,33 @@ def _slurm_word(run: RunDir, job: Job, answer: slurm.Answer) -> _Word:
         return _Word(by_files, f"the scheduler cannot be asked: {complaints}")
     if found is None:
         doubt = f" ({complaints})" if complaints else ""
-        text = f"Slurm no longer knows job {job.job_id}, and it wrote no status{doubt}"
+        text = f"{title} no longer knows job {job.job_id}, and it wrote no status{doubt}"
         return _by_remains(run, _Word("lost", text, "unknown"), may_be_complete=True)
-    if found.phase == slurm.ENDED:
+    if found.phase == ENDED and _is_returning(run):
+        return _Word("pending", f"it is being put back in the queue ({title}: {found.state})")
+    if found.phase == ENDED:
         state, kind, reason = found.ending()
         word = _Word(state, reason, kind)
-        return _by_remains(run, word, may_be_complete=found.state == "COMPLETED")
-    if found.phase == slurm.UNKNOWN:
-        return _Word(by_files, f"Slurm calls it {found.state}")
-    reason = found.waiting() if found.phase == slurm.PENDING else found.detail
-    return _Word(found.phase, reason, start=found.start if found.phase == slurm.PENDING else "")
+        return _by_remains(run, word, may_be_complete=found.is_success)
+    if found.phase == UNKNOWN:
+        return _Word(by_files, f"{title} calls it {found.state}")
+    reason = found.waiting() if found.phase == PENDING else found.detail
+    return _Word(found.phase, reason, start=found.start if found.phase == PENDING else "")
+
+
+def _is_returning(run: RunDir) -> bool:
+    """Returns whether the newest attempt has just asked to be put back in the queue.
+
+    LSF calls such a job ended for some seconds, then pending again.
+    """
+    attempt = run.attempts()[-1]
+    if not attempt.ended_yaml.exists():
+        return False
+    facts = rundir.read_yaml(attempt.ended_yaml)
+    if facts.get("next") not in ("requeue", "scheduler"):
+        return False
+    ago = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(facts["utc"])
+    return abs(ago.total_seconds()) < RETURN_S
 
 
 def _by_remains(run: RunDir, word: _Word, *, may_be_complete: bool) -> _Word:

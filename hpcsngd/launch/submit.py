@@ -18,12 +18,16 @@ from typing import Any
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, preflight, provenance, sending, status
+from hpcsngd.launch import plan, preflight, provenance, schedulers, sending, status, usage
 from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import Fault, RunDir, Status
 
 ENDED_POLLS = 3
 """A job must be gone in so many polls before its silence counts: its status may be on its way to us."""
+
+
+FILES_POLL_S = 2.0
+"""Files may be asked more often than the scheduler."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def submit(
     run_root: Path | None = None,
     worker: str = plan.WORKER,
     directives: Mapping[str, Directive] | None = None,
+    after: Sequence[RunDir] = (),
     probe: bool = False,
     origin: Mapping[str, Any] | None = None,
 ) -> Submitted:
@@ -52,6 +57,7 @@ def submit(
         run_root: folder in which the run directory is made; default: the site's.
         worker: the module that a worker runs; only tests change it.
         directives: more directives for this submission, such as ``hold``; see `hpcsngd.launch.order`.
+        after: runs that must have completed when this one begins, as the directives say to the scheduler.
         probe: whether to try the workers' Python on a node first.
         origin: what the run was made from, such as ``{"rerun_of": name}``; goes into the provenance.
 
@@ -61,7 +67,8 @@ def submit(
         SchedulerError: the scheduler is missing, refuses or does not answer.
     """
     root = (run_root or Path(resolved.site.run_root)).expanduser().absolute()
-    made = preflight.check(resolved, run_root=root, worker=worker, probe=probe)
+    checked = preflight.check(resolved, run_root=root, worker=worker, probe=probe)
+    made = dataclasses.replace(checked, after=paths(after))
     need_scheduler(made)
     record = {
         "config": resolved.to_record(),
@@ -79,16 +86,22 @@ def submit(
     return Submitted(run, job_id)
 
 
+def paths(runs: Sequence[RunDir]) -> tuple[str, ...]:
+    """Returns where runs are, as a plan has it."""
+    return tuple(str(run.path.absolute()) for run in runs)
+
+
 def need_scheduler(made: Plan) -> None:
     """Refuses to go on where the plan's scheduler cannot be reached.
 
     Raises:
         SchedulerError: its commands are not in PATH.
     """
-    if made.scheduler == "slurm" and shutil.which("sbatch") is None:
+    scheduler = schedulers.of(made.scheduler)
+    if scheduler and shutil.which(scheduler.submit_program) is None:
         raise SchedulerError(
-            f"sbatch is not in PATH, but site {made.site_name} needs Slurm: submit from a login node "
-            "(--dry-run works anywhere)"
+            f"{scheduler.submit_program} is not in PATH, but site {made.site_name} needs {scheduler.title}: "
+            "submit from a login node (--dry-run works anywhere)"
         )
 
 
@@ -118,12 +131,19 @@ def wait(
         state = status.states([run])[0]
         if on_update:
             on_update(state)
-        if found := status.current(run):
-            return found
         silent_polls = silent_polls + 1 if state.has_ended else 0
-        if silent_polls >= ENDED_POLLS:
-            return _write_ending(run, state)
-        time.sleep(pause_s)
+        found = status.current(run)
+        if found or silent_polls >= ENDED_POLLS:
+            usage.settle(run)
+            return found or _write_ending(run, state)
+        _pause(run, pause_s)
+
+
+def _pause(run: RunDir, pause_s: float) -> None:
+    """Waits before the next question to the scheduler, or until the run's own status is there."""
+    end = time.monotonic() + pause_s
+    while (left_s := end - time.monotonic()) > 0 and not status.current(run):
+        time.sleep(min(FILES_POLL_S, left_s))
 
 
 def _write_ending(run: RunDir, state: status.RunState) -> Status:

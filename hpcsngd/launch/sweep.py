@@ -21,11 +21,10 @@ from hpcsngd import rundir
 from hpcsngd.config import matrix
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import arrays, cells, plan, preflight, provenance, secrets, status
-from hpcsngd.launch.arrays import ArrayExecutor
+from hpcsngd.launch import arrays, cells, plan, preflight, provenance, schedulers, secrets, status
 from hpcsngd.launch.plan import Directive, Host, Plan
 from hpcsngd.launch.sending import job_facts, say_what_is_dropped
-from hpcsngd.launch.submit import need_scheduler
+from hpcsngd.launch.submit import need_scheduler, paths
 from hpcsngd.rundir import RunDir
 from hpcsngd.sweepdir import Member, SweepDir, run_name
 
@@ -79,6 +78,7 @@ def submit(
     run_root: Path | None = None,
     worker: str = plan.WORKER,
     directives: Mapping[str, Directive] | None = None,
+    after: Sequence[RunDir] = (),
     probe: bool = False,
 ) -> SubmittedSweep:
     """Submits the cells of a matrix that have neither finished nor are on their way.
@@ -89,6 +89,7 @@ def submit(
         run_root: folder in which the sweep directory is made; default: the site's.
         worker: the module that a worker runs; only tests change it.
         directives: more directives for this submission, such as ``hold``; see `hpcsngd.launch.order`.
+        after: as for `hpcsngd.launch.submit.submit`.
         probe: whether to try the workers' Python on a node first.
 
     Raises:
@@ -97,7 +98,7 @@ def submit(
         SchedulerError: the scheduler is missing, refuses or does not answer; what was written stays, and the
             same submission takes up there.
     """
-    plans = make_plans(found, worker=worker)
+    plans = [dataclasses.replace(made, after=paths(after)) for made in make_plans(found, worker=worker)]
     sweep = directory(found, run_root)
     _check(found, plans, sweep.path.parent, worker=worker, probe=probe)
     need_scheduler(plans[0])
@@ -299,7 +300,7 @@ def _parts(group: Sequence[Placed]) -> list[Sequence[Placed]]:
     """Returns the cells of one kind in as few arrays as the cluster allows."""
     if len(group) < arrays.DEFAULT_SIZE:
         return [group]
-    limit = arrays.size_limit(group[0].plan.command_timeout_s)
+    limit = arrays.size_limit(group[0].plan)
     return [group[part.start : part.stop] for part in arrays.parts(len(group), limit)]
 
 
@@ -314,9 +315,10 @@ def _send_array(
     sweep.write_array(number, [each.member for each in group])
     made = group[0].plan
     asked = dataclasses.replace(made, directives=made.directives | dict(directives))
-    job_id = ArrayExecutor(sweep, number, asked, len(group), parallel=parallel, after=after).send()
+    job_id = arrays.executor(sweep, number, asked, len(group), parallel=parallel, after=after).send()
     facts = job_facts(made, job_id)
-    for index, each in enumerate(group):
+    first = schedulers.QUEUES[made.scheduler].first_index
+    for index, each in enumerate(group, start=first):
         _record_job(each, facts | {"job_id": f"{job_id}_{index}"})
     return job_id
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.launch import arrays, cells, scripts, sweep
-from hpcsngd.launch.arrays import ArrayExecutor
 from hpcsngd.launch.plan import Directive, Host
 from hpcsngd.launch.sweep import Placed
 from hpcsngd.sweepdir import SweepDir
@@ -46,7 +45,7 @@ def dry_run(
     else:
         group = [each for each in due if arrays.key(each.plan) == arrays.key(first.plan)]
         asked = dataclasses.replace(first.plan, directives=first.plan.directives | dict(directives or {}))
-        sent = ArrayExecutor(place, place.next_array(), asked, len(group), parallel=parallel).script
+        sent = arrays.executor(place, place.next_array(), asked, len(group), parallel=parallel).script
     blocks = scripts.details(first.cell.resolved, first.plan, first.run.path, sent)
     return "\n\n".join([*head, f"# the first cell, {first.run.name}:", *blocks]) + "\n"
 

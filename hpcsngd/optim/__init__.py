@@ -14,10 +14,12 @@ from hpcsngd.optim.hybrid import SwitchRule as SwitchRule
 from hpcsngd.optim.hylo import HyLo as HyLo
 from hpcsngd.optim.kfac import KFAC as KFAC
 from hpcsngd.optim.kfac_variants import get_kfac as get_kfac
+from hpcsngd.optim.lbfgs import LBFGS as LBFGS
 from hpcsngd.optim.mfac import MFAC as MFAC
 from hpcsngd.optim.records import LayerCheck as LayerCheck
 from hpcsngd.optim.records import StepRecord as StepRecord
 from hpcsngd.optim.schedules import DampingDecay as DampingDecay
+from hpcsngd.optim.schedules import DampingSteps as DampingSteps
 from hpcsngd.optim.sparsified import TopKFeedback as TopKFeedback
 
 #: Every preconditioner by the name that experiments use.

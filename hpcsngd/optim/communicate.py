@@ -46,6 +46,13 @@ class Communicator:
         self._count(phase, "broadcast", local.nbytes)
         return float(dist.broadcast(local))
 
+    def tensor_from_first(self, phase: str, tensor: Tensor) -> Tensor:
+        """Returns rank 0's tensor on every rank; alike on all of them but for the numbers."""
+        if self.world_size == 1:
+            return tensor
+        self._count(phase, "broadcast", tensor.nbytes)
+        return dist.broadcast(tensor.clone())
+
     def object_from(self, rank: int, value: T) -> T:
         """Returns a rank's value on every rank (pickled, not counted: for checkpoints)."""
         return value if self.world_size == 1 else dist.broadcast_object(value, rank)

@@ -52,7 +52,7 @@ def find_modules(
         ValueError: an entry matches no module, or no module is left to cover.
     """
     modules = dict(model.named_modules())
-    _check_skip(skip, modules)
+    _check_skip(skip, modules, "skip")
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
@@ -71,14 +71,19 @@ def find_modules(
     return covered, skipped
 
 
-def matching_modules(model: nn.Module, skip: Sequence[Skip]) -> dict[str, str]:
+def matching_modules(model: nn.Module, skip: Sequence[Skip], *, argument: str = "skip") -> dict[str, str]:
     """Returns for every module inside what ``skip`` names, or named itself, the entry that matched.
+
+    Args:
+        model: the model.
+        skip: as for `find_modules`.
+        argument: what the caller's users call ``skip``, for the message.
 
     Raises:
         ValueError: an entry matches no module.
     """
     modules = dict(model.named_modules())
-    _check_skip(skip, modules)
+    _check_skip(skip, modules, argument)
     found = {}
     for name in modules:
         lineage = [(part, modules[part]) for part in _lineage(name)]
@@ -88,12 +93,14 @@ def matching_modules(model: nn.Module, skip: Sequence[Skip]) -> dict[str, str]:
     return found
 
 
-def _check_skip(skip: Sequence[Skip], modules: Mapping[str, nn.Module]) -> None:
+def _check_skip(skip: Sequence[Skip], modules: Mapping[str, nn.Module], argument: str) -> None:
     for entry in skip:
         if not any(_matches(entry, name, module) for name, module in modules.items()):
             names = ", ".join(filter(None, modules))
             kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
-            raise ValueError(f"skip={_shown(entry)!r} matches no module; modules: {names}; classes: {kinds}")
+            raise ValueError(
+                f"{argument}={_shown(entry)!r} matches no module; modules: {names}; classes: {kinds}"
+            )
 
 
 def _matches(entry: Skip, name: str, module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ from hpcsngd.optim.placement import Placement
 from hpcsngd.optim.records import Communication, LayerCheck, Memory, PhaseTime, StepRecord
 from hpcsngd.optim.refresh import Moment, Outcome, Refresher, spread_refreshes
 from hpcsngd.optim.samplescale import LossReduction, SampleScale
-from hpcsngd.optim.schedules import DampingDecay
+from hpcsngd.optim.schedules import EpochDamping
 from hpcsngd.optim.sketches import Plain, Scope
 from hpcsngd.optim.stopwatch import Stopwatch
 
@@ -98,8 +98,8 @@ class HyLo(Preconditioner):
     Args:
         model: the model, or its DistributedDataParallel wrapper (names are those inside it).
         method: see above.
-        damping: positive; a function of the step; or a decay by epochs (`DampingDecay`, or a mapping of its
-            fields). Evaluated at refreshes and used until the next.
+        damping: positive; a function of the step; or one by epochs (`DampingDecay`, `DampingSteps`, or a
+            mapping of the fields of either). Evaluated at refreshes and used until the next.
         refresh_every: steps between refreshes, or a function of the step; the first step refreshes.
         stagger: whether to refresh some layers at each step instead of all of them every ``refresh_every``
             steps (which must be a whole number), so that no step but the first is slow. Each layer is
@@ -151,7 +151,7 @@ class HyLo(Preconditioner):
         model: nn.Module,
         *,
         method: Method = "sngd",
-        damping: Schedule | DampingDecay | Mapping[str, float] = 0.1,
+        damping: Schedule | EpochDamping | Mapping[str, float] = 0.1,
         refresh_every: Schedule = 1,
         stagger: bool = False,
         ratio: float = 1.0,
@@ -408,7 +408,7 @@ class HyLo(Preconditioner):
     def _check_progress(self) -> None:
         """Refuses to guess an epoch or a learning rate."""
         settings = {
-            "a damping by epochs": isinstance(self._damping_schedule, DampingDecay),
+            "a damping by epochs": isinstance(self._damping_schedule, EpochDamping),
             "method 'hybrid'": self._switch is not None,
             "kl_clip": self._kl_clip.enabled,
         }

@@ -43,7 +43,7 @@ from hpcsngd.optim.records import (
     StepRecord,
 )
 from hpcsngd.optim.samplescale import LossReduction
-from hpcsngd.optim.schedules import DampingDecay
+from hpcsngd.optim.schedules import EpochDamping
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ class KFAC(Preconditioner):
         fisher: see above and `hpcsngd.optim.fisher`.
         loss: read where ``fisher`` is not empirical.
         mc_samples: draws per sample; only for ``fisher="mc"``.
-        damping: positive; a function of the step; or a decay by epochs (`DampingDecay`, or a mapping of its
-            fields). Evaluated when inverses are computed and used until the next time.
+        damping: positive; a function of the step; or one by epochs (`DampingDecay`, `DampingSteps`, or a
+            mapping of the fields of either). Evaluated when inverses are computed, used until the next time.
         factor_every: steps between updates of the running factors, or a function of the step; 0: none.
         inverse_every: the same for inverses. Without inverses gradients stay plain, so 0 from the start
             switches K-FAC off.
@@ -144,7 +144,7 @@ class KFAC(Preconditioner):
         fisher: fishers.Fisher = "empirical",
         loss: fishers.LossKind = "cross_entropy",
         mc_samples: int = 1,
-        damping: Schedule | DampingDecay | Mapping[str, float] = 0.03,
+        damping: Schedule | EpochDamping | Mapping[str, float] = 0.03,
         factor_every: Schedule = 1,
         inverse_every: Schedule = 1,
         factor_decay: Schedule = 0.95,

@@ -19,7 +19,7 @@ from hpcsngd.optim.kfac_inverse import InverseKind
 from hpcsngd.optim.kfac_inverter import Inverter
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.samplescale import LossReduction
-from hpcsngd.optim.schedules import DampingDecay
+from hpcsngd.optim.schedules import EpochDamping, epoch_damping
 
 DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -62,7 +62,7 @@ class Options:
     fisher: Fisher
     loss: LossKind
     mc_samples: int
-    damping: Schedule | DampingDecay | Mapping[str, float]
+    damping: Schedule | EpochDamping | Mapping[str, float]
     factor_every: Schedule
     inverse_every: Schedule
     factor_decay: Schedule
@@ -110,8 +110,8 @@ class Options:
 
     def damping_at(self, epoch: float | None, step: int) -> float:
         """Returns the damping of a refresh; ``epoch`` is read where damping follows epochs."""
-        damping = DampingDecay(**self.damping) if isinstance(self.damping, Mapping) else self.damping
-        if isinstance(damping, DampingDecay):
+        damping = epoch_damping(self.damping) if isinstance(self.damping, Mapping) else self.damping
+        if isinstance(damping, EpochDamping):
             return damping.at_epoch(epoch or 0.0)
         return positive("damping", damping, step)
 
@@ -125,7 +125,7 @@ class Options:
     def needs_progress(self) -> str:
         """Returns which settings need `KFAC.set_progress`; an empty text if none does."""
         settings = {
-            "a damping by epochs": isinstance(self.damping, DampingDecay | Mapping),
+            "a damping by epochs": isinstance(self.damping, EpochDamping | Mapping),
             "kl_clip": self.kl_clip is not None,
         }
         return " and ".join(name for name, needs in settings.items() if needs)

@@ -17,7 +17,7 @@ from hpcsngd.optim.gradients import Rescale
 from hpcsngd.optim.hybrid import Switch, SwitchRule
 from hpcsngd.optim.placement import Placement
 from hpcsngd.optim.samplescale import LossReduction
-from hpcsngd.optim.schedules import DampingDecay
+from hpcsngd.optim.schedules import EpochDamping, epoch_damping
 from hpcsngd.optim.selection import RankRule
 from hpcsngd.optim.sketches import Compression, Plain, Scope
 
@@ -55,7 +55,7 @@ class Options:
     """
 
     method: Method
-    damping: Schedule | DampingDecay | Mapping[str, float]
+    damping: Schedule | EpochDamping | Mapping[str, float]
     refresh_every: Schedule
     stagger: bool
     ratio: float
@@ -103,9 +103,9 @@ class Options:
         rule = self.switch
         return Switch(SwitchRule(**(rule or {})) if isinstance(rule, Mapping | None) else rule)
 
-    def damping_schedule(self) -> Schedule | DampingDecay:
+    def damping_schedule(self) -> Schedule | EpochDamping:
         """Returns the damping, where a mapping stands for the decay of these fields."""
-        return DampingDecay(**self.damping) if isinstance(self.damping, Mapping) else self.damping
+        return epoch_damping(self.damping) if isinstance(self.damping, Mapping) else self.damping
 
     def effective_placement(self) -> Placement:
         """Returns the placement, which is ``"replicate"`` where what is observed needs every rank's rows."""
@@ -120,8 +120,8 @@ class Options:
         return bool({"rank_analysis", "grad_error"} & set(self.observe))
 
 
-def damping_at(schedule: Schedule | DampingDecay, epoch: float | None, step: int) -> float:
+def damping_at(schedule: Schedule | EpochDamping, epoch: float | None, step: int) -> float:
     """Returns the damping of a refresh; ``epoch`` is read where damping follows epochs."""
-    if isinstance(schedule, DampingDecay):
+    if isinstance(schedule, EpochDamping):
         return schedule.at_epoch(epoch or 0.0)
     return positive("damping", schedule, step)

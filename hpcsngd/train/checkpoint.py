@@ -117,6 +117,29 @@ class Checkpoints:
             own = _read(folder / _own_file(dist.rank()), torch.device("cpu"))
         return Loaded(found.step, found.world_size, _read(folder / COMMON, device), own)
 
+    def intact(self) -> list[int]:
+        """Returns the steps of the checkpoints whose files are as they were written, rising; logs the others.
+
+        Not collective: files are read by the rank that calls.
+        """
+        found = []
+        for folder in reversed(self._by_age()):
+            problem, _ = _verify(folder)
+            if problem:
+                log.warning("checkpoint %s; left out", problem)
+            else:
+                found.append(_step_of(folder))
+        return found
+
+    def common(self, step: int, device: torch.device) -> dict[str, Any]:
+        """Returns what all ranks share of the checkpoint of a step; not collective.
+
+        Args:
+            step: one of `intact`.
+            device: where tensors go.
+        """
+        return _read(self._folder / f"{_PREFIX}{step}" / COMMON, device)
+
     def _publish(self, temporary: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
         manifest = {"schema": SCHEMA, "step": step, "world_size": dist.world_size(), "files": files}
         rundir.write_yaml(temporary / MANIFEST, manifest)

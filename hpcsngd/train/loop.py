@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import ShardedSampler
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import Strategy
+from hpcsngd.train.tasks import Evaluated, Evaluation, Task
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Trainer:
         sampler: of the training set, the one that ``train`` iterates.
         train: this rank's training batches.
         test: this rank's evaluation batches.
+        task: what is learned: the loss, and how good a prediction is.
         recorder: takes the metrics.
         checkpoints: takes the state.
         stop_request: says when the run should checkpoint and leave.
@@ -103,6 +105,7 @@ class Trainer:
         sampler: ShardedSampler,
         train: DataLoader[Batch],
         test: DataLoader[Batch],
+        task: Task,
         recorder: Recorder,
         checkpoints: Checkpoints,
         stop_request: StopRequest,
@@ -110,7 +113,7 @@ class Trainer:
         pulse: Pulse,
     ) -> None:
         self._config, self._parts, self._sampler = config, parts, sampler
-        self._train, self._test = train, test
+        self._train, self._test, self._task = train, test, task
         self._recorder, self._checkpoints, self._stop_request = recorder, checkpoints, stop_request
         self.progress, self._pulse = progress, pulse
         self._saved_step = progress.step
@@ -158,13 +161,13 @@ class Trainer:
         for index in range(count):
             self._pulse.at("data")
             with self._stopwatch.phase("data"):
-                images, labels = self._to_device(next(batches))
+                images, targets = self._to_device(next(batches))
             self._pulse.at("compute")
             with parts.strategy.micro_batch(is_last=index + 1 == count):
-                sums[:2] += self._micro_batch(images, labels, size)
+                sums[:2] += self._micro_batch(images, targets, size)
         self._pulse.at("reduce")
         sums[2] = self._sees_stop_request()
-        loss, correct, stops = dist.all_reduce_sum(sums).tolist()
+        loss, score, stops = dist.all_reduce_sum(sums).tolist()
         if not math.isfinite(loss):
             raise NotFiniteError(f"loss is {loss / size} at step {self.progress.step + 1}; {self._advice()}")
         self._pulse.at("update")
@@ -172,23 +175,23 @@ class Trainer:
         self.progress.step += 1
         self._pulse.at("between steps", self.progress.step)
         self.progress.samples += size
-        self.progress.row.add(loss, correct, size)
-        self.progress.epoch.add(loss, correct, size)
+        self.progress.row.add(loss, score, size)
+        self.progress.epoch.add(loss, score, size)
         return bool(stops > 0)
 
-    def _micro_batch(self, images: Tensor, labels: Tensor, size: int) -> Tensor:
-        """Adds a micro-batch's gradients; returns its summed loss and number of correct predictions."""
+    def _micro_batch(self, images: Tensor, targets: Tensor, size: int) -> Tensor:
+        """Adds a micro-batch's gradients; returns its summed loss and score."""
         parts = self._parts
         with self._stopwatch.phase("forward"):
             with devices.autocast(self._config.precision, parts.device):
                 outputs = parts.trained(images)
-            loss = self._summed_loss(outputs, labels, self._config.loss.label_smoothing)
+            loss = self._task.loss(outputs, targets)
         if parts.preconditioner is not None:
             parts.preconditioner.before_backward(outputs)
         with self._stopwatch.phase("backward"):
             scaled: Tensor = parts.scaler.scale(loss * parts.strategy.loss_factor(size))
             scaled.backward()  # type: ignore[no-untyped-call]
-        return torch.stack([loss.detach().double(), _correct(outputs, labels)])
+        return torch.stack([loss.detach().double(), self._task.score(outputs.detach(), targets)])
 
     def _update(self, size: int) -> None:
         """Turns gradients into new weights: unscale, clip, precondition, update."""
@@ -250,9 +253,14 @@ class Trainer:
         started = time.perf_counter()
         parts, progress = self._parts, self.progress
         parts.strategy.join_buffers()
-        progress.test = self._sums_over_test_set()
+        evaluation = self._over_test_set()
+        progress.test = evaluation.sums
         progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
         self._recorder.evaluation(progress, time.perf_counter() - started)
+        self._recorder.dice(progress.step, evaluation.patients)
+        is_last = progress.step == self._config.epochs * self._sampler.steps_per_epoch
+        if is_last and evaluation.confusion is not None:
+            self._recorder.confusion(progress.step, evaluation.confusion)
         log.info(
             "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; lr %.3g, %.1f s trained",
             progress.step // self._sampler.steps_per_epoch,
@@ -265,22 +273,17 @@ class Trainer:
             progress.train_s,
         )
 
-    @torch.no_grad()
-    def _sums_over_test_set(self) -> Sums:
-        """Returns the sums over the test set, each sample once; the loss without label smoothing."""
-        parts = self._parts
-        parts.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
-        for batch in self._test:
-            self._pulse.at("evaluate")
-            images, labels = self._to_device(batch)
-            with devices.autocast(self._config.precision, parts.device):
-                outputs = parts.model(images)
-            loss = self._summed_loss(outputs, labels, 0.0).double()
-            sums += torch.stack([loss, _correct(outputs, labels), loss.new_tensor(len(labels))])
-        parts.model.train()
-        loss_sum, correct, count = dist.all_reduce_sum(sums).tolist()
-        return Sums(loss_sum, correct, int(count))
+    def _over_test_set(self) -> Evaluated:
+        """Returns what the task makes of the test set, each sample once."""
+        evaluation = self._task.evaluation(self._parts.device)
+        return evaluate(
+            self._parts.model,
+            self._test,
+            evaluation,
+            move=self._to_device,
+            precision=self._config.precision,
+            tick=lambda: self._pulse.at("evaluate"),
+        )
 
     def _save(self) -> None:
         parts, step, started = self._parts, self.progress.step, time.monotonic()
@@ -311,19 +314,51 @@ class Trainer:
             epochs=self._config.epochs,
         )
 
-    def _summed_loss(self, outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        return nn.functional.cross_entropy(
-            outputs.float(), labels, reduction="sum", label_smoothing=smoothing
-        )
-
     def _to_device(self, batch: Batch) -> Batch:
-        images, labels = batch
-        device = self._parts.device
-        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return to_device(batch, self._parts.device, is_channels_last=self._config.model.channels_last)
 
     def _advice(self) -> str:
         kept = f"the checkpoint of step {self._saved_step} stays" if self._saved_step else "no checkpoint yet"
         return f"lr {self._config.optimizer.lr:g} may be too large; {kept}"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: DataLoader[Batch],
+    evaluation: Evaluation,
+    *,
+    move: Callable[[Batch], Batch],
+    precision: str,
+    tick: Callable[[], None] = lambda: None,
+) -> Evaluated:
+    """Returns what an evaluation makes of a model, which goes to evaluation mode and back to training mode.
+
+    Args:
+        model: on this rank's device.
+        batches: this rank's.
+        evaluation: takes the outputs; its result is collective.
+        move: brings a batch to the device.
+        precision: of the forward pass.
+        tick: called for each batch.
+    """
+    model.eval()
+    for indices, batch in zip(batches.sampler, batches, strict=True):
+        tick()
+        images, targets = move(batch)
+        with devices.autocast(precision, images.device):
+            outputs = model(images)
+        evaluation.add(indices, outputs, targets)
+    model.train()
+    return evaluation.result()
+
+
+def to_device(batch: Batch, device: torch.device, *, is_channels_last: bool) -> Batch:
+    """Returns a batch on a device, images in the model's memory format."""
+    images, targets = batch
+    layout = torch.channels_last if is_channels_last else torch.preserve_format
+    moved = images.to(device, non_blocking=True, memory_format=layout)
+    return moved, targets.to(device, non_blocking=True)
 
 
 def flat_gradients(model: nn.Module) -> Tensor:
@@ -345,7 +380,3 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
             norms[name] = torch.stack([gradient.norm() for gradient in present]).norm()
     values = torch.stack(list(norms.values())).tolist() if norms else []
     return dict(zip(norms, values, strict=True))
-
-
-def _correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    return (outputs.argmax(dim=1) == labels).sum().double()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from hpcsngd import dist, rundir
 from hpcsngd.config.experiment import Diagnostics
 from hpcsngd.optim import StepRecord
@@ -18,7 +20,13 @@ from hpcsngd.train.faults import SettingError
 
 @dataclass
 class Sums:
-    """Sums over samples of all ranks. Equal on every rank, as they come out of an all-reduce."""
+    """Sums over samples of all ranks. Equal on every rank, as they come out of an all-reduce.
+
+    Attributes:
+        loss: sum of the samples' losses.
+        correct: number of correct predictions; for masks the Dice coefficient, times the samples it is of.
+        count: number of samples.
+    """
 
     loss: float = 0.0
     correct: float = 0.0
@@ -37,7 +45,7 @@ class Sums:
 
     @property
     def accuracy(self) -> float:
-        """Returns the share of correct predictions; nan where nothing was added."""
+        """Returns the share of correct predictions, or the mean Dice coefficient; nan if there is none."""
         return self.correct / self.count if self.count else float("nan")
 
 
@@ -149,6 +157,26 @@ class Recorder:
         name = self._evaluated
         self._show(progress.step, {f"{name}/loss": test.mean_loss, f"{name}/accuracy": test.accuracy})
 
+    def dice(self, step: int, patients: Mapping[str, tuple[int, float]]) -> None:
+        """Writes rows of dice.csv: patient -> number of slices, Dice coefficient."""
+        for patient, (slices, value) in patients.items():
+            self._put("dice", **self._place(step), patient=patient, slices=slices, dice=value)
+
+    def confusion(self, step: int, counts: Tensor) -> None:
+        """Writes confusion.csv, without pairs that do not occur.
+
+        Args:
+            step: steps done.
+            counts: ``(classes, classes)``: samples by label (row) and prediction (column).
+        """
+        if "confusion" in self._wanted:
+            here = {**self._place(step), "split": self._evaluated}
+            rows = (
+                {**here, "label": label, "predicted": predicted, "count": int(counts[label, predicted])}
+                for label, predicted in counts.nonzero().tolist()
+            )
+            rundir.write_table(self._run.metrics("confusion"), TABLES["confusion"], rows)
+
     def gradient_norms(self, step: int, norms: Mapping[str, float]) -> None:
         """Writes rows of grad_norm.csv."""
         for layer, norm in norms.items():
@@ -240,7 +268,7 @@ class Recorder:
 
 
 def _tables(diagnostics: Diagnostics) -> list[str]:
-    wanted = ["train", "eval", "switches", "quantify"]
+    wanted = ["train", "eval", "dice", "confusion", "switches", "quantify"]
     if diagnostics.profiling:
         wanted += ["profiling", "communication", "memory"]
     if diagnostics.rank_analysis:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,42 +12,61 @@ from torch.optim import Optimizer
 from hpcsngd import optim
 from hpcsngd.config import experiment as schema
 from hpcsngd.config.fields import Strict
+from hpcsngd.optim.covering import matching_modules
 from hpcsngd.train import seeds
 from hpcsngd.train.faults import SettingError
 
 
 def sgd(
-    model: nn.Module, *, lr: float, weight_decay: float, momentum: float, dampening: float, nesterov: bool
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    no_decay: Sequence[str],
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
 ) -> list[Optimizer]:
     """Returns torch.optim.SGD for all parameters."""
-    return [
-        torch.optim.SGD(
-            model.parameters(),
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            dampening=dampening,
-            nesterov=nesterov,
-        )
-    ]
+    groups = parameter_groups(model, weight_decay, no_decay)
+    return [torch.optim.SGD(groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)]
 
 
 def adam(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    no_decay: Sequence[str],
+    betas: tuple[float, float],
+    eps: float,
 ) -> list[Optimizer]:
     """Returns torch.optim.Adam for all parameters."""
-    return [torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)]
+    return [torch.optim.Adam(parameter_groups(model, weight_decay, no_decay), lr=lr, betas=betas, eps=eps)]
 
 
 def adamw(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    no_decay: Sequence[str],
+    betas: tuple[float, float],
+    eps: float,
 ) -> list[Optimizer]:
     """Returns torch.optim.AdamW for all parameters."""
-    return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)]
+    return [torch.optim.AdamW(parameter_groups(model, weight_decay, no_decay), lr=lr, betas=betas, eps=eps)]
 
 
 def muon(
-    model: nn.Module, *, lr: float, weight_decay: float, momentum: float, nesterov: bool, adamw_lr: float
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    no_decay: Sequence[str],
+    momentum: float,
+    nesterov: bool,
+    adamw_lr: float,
 ) -> list[Optimizer]:
     """Returns torch.optim.Muon for the matrices, which it is defined for, and AdamW for everything else.
 
@@ -57,17 +76,48 @@ def muon(
     build = getattr(torch.optim, "Muon", None)
     if build is None:
         raise SettingError(f"optimizer muon needs torch >= 2.9; this is torch {torch.__version__}")
-    parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    matrices = parameter_groups(model, weight_decay, no_decay, lambda parameter: parameter.ndim == 2)
+    others = parameter_groups(model, weight_decay, no_decay, lambda parameter: parameter.ndim != 2)
     if not matrices:
         raise SettingError("optimizer muon: the model has no matrix for it; use adamw")
-    built: list[Optimizer] = [
-        build(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
-    ]
+    built: list[Optimizer] = [build(matrices, lr=lr, momentum=momentum, nesterov=nesterov)]
     if others:
-        built.append(torch.optim.AdamW(others, lr=adamw_lr, weight_decay=weight_decay))
+        built.append(torch.optim.AdamW(others, lr=adamw_lr))
     return built
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    no_decay: Sequence[str],
+    chosen: Callable[[nn.Parameter], bool] = lambda _: True,
+) -> list[dict[str, Any]]:
+    """Returns torch's parameter groups: those that decay, then those that do not; empty ones are left out.
+
+    Each chosen parameter is in exactly one group. One that several modules share does not decay if any of
+    them is named.
+
+    Args:
+        model: the model.
+        weight_decay: of those that decay.
+        no_decay: modules, by regular expression or class, whose parameters do not.
+        chosen: which parameters; default: all.
+
+    Raises:
+        SettingError: an entry of ``no_decay`` matches no module.
+    """
+    try:
+        named = matching_modules(model, no_decay, argument="optimizer.no_decay")
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+    modules = dict(model.named_modules())
+    exempt = {id(own) for name in named for own in modules[name].parameters(recurse=False)}
+    parameters = [parameter for parameter in model.parameters() if chosen(parameter)]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in parameters if id(each) not in exempt], "weight_decay": weight_decay},
+        {"params": [each for each in parameters if id(each) in exempt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 OPTIMIZERS: dict[str, Callable[..., list[Optimizer]]] = {

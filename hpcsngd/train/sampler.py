@@ -9,6 +9,7 @@ Every sample is used exactly once per epoch: nothing is padded, repeated or drop
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -65,6 +66,8 @@ class ShardedSampler(Sampler[list[int]]):
         rank: this rank.
         ranks: number of ranks.
         seed: of the order.
+        blocks: sizes of consecutive parts of the set that are gone through one after the other, in a new
+            order each epoch (files, of which one is in memory); default: one part.
     """
 
     def __init__(
@@ -76,12 +79,18 @@ class ShardedSampler(Sampler[list[int]]):
         rank: int = 0,
         ranks: int = 1,
         seed: int = 0,
+        blocks: Sequence[int] | None = None,
     ) -> None:
         self._batch_size, self._rank, self._ranks, self._seed = batch_size, rank, ranks, seed
         self.global_batch = batch_size * accumulate * ranks
         self.sizes: Sequence[int] = step_sizes(samples, self.global_batch, ranks)
-        self._samples = samples
+        self._blocks = list(blocks or [samples])
         self._epoch, self._first_step = 0, 0
+
+    @property
+    def epoch(self) -> int:
+        """Returns the epoch, from 0, of the next iteration."""
+        return self._epoch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,9 +106,7 @@ class ShardedSampler(Sampler[list[int]]):
         return micro_batch_count(self.sizes[step], self._batch_size, self._ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(
-            self._samples, generator=seeds.generator(self._seed, "order", self._epoch)
-        ).tolist()
+        order = self._order()
         start = sum(self.sizes[: self._first_step])
         for step in range(self._first_step, self.steps_per_epoch):
             size = self.sizes[step]
@@ -110,6 +117,18 @@ class ShardedSampler(Sampler[list[int]]):
                 place += part
             start += size
 
+    def _order(self) -> list[int]:
+        """Returns the samples in the order of the epoch."""
+        generator = seeds.generator(self._seed, "order", self._epoch)
+        if len(self._blocks) == 1:
+            whole: list[int] = torch.randperm(self._blocks[0], generator=generator).tolist()
+            return whole
+        starts = [0, *itertools.accumulate(self._blocks)]
+        order: list[int] = []
+        for block in torch.randperm(len(self._blocks), generator=generator).tolist():
+            order += (torch.randperm(self._blocks[block], generator=generator) + starts[block]).tolist()
+        return order
+
 
 class EvaluationSampler(Sampler[list[int]]):
     """Yields this rank's batches of an evaluation: every ranks-th sample, each sample on exactly one rank.
@@ -119,10 +138,17 @@ class EvaluationSampler(Sampler[list[int]]):
         batch_size: samples per batch.
         rank: this rank.
         ranks: number of ranks.
+        groups: sizes of consecutive groups that must not be parted; then every ranks-th group instead.
     """
 
-    def __init__(self, samples: int, batch_size: int, *, rank: int = 0, ranks: int = 1) -> None:
-        self._mine = range(rank, samples, ranks)
+    def __init__(
+        self, samples: int, batch_size: int, *, rank: int = 0, ranks: int = 1, groups: Sequence[int] = ()
+    ) -> None:
+        starts = [0, *itertools.accumulate(groups)]
+        self._mine: Sequence[int] = range(rank, samples, ranks)
+        if groups:
+            mine = range(rank, len(groups), ranks)
+            self._mine = [index for group in mine for index in range(starts[group], starts[group + 1])]
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -19,9 +19,10 @@ def multiplier(schedule: Schedule, step: int, *, steps_per_epoch: int, epochs: i
 
     The warm-up rises linearly per step, from ``warmup_start`` at step 0 to 1 at ``warmup_epochs``. Cosine and
     linear run from its end to the end of the run, where they reach ``final``. Milestones count from the start
-    of the run: the first step at or after one already has the smaller rate.
+    of the run: the first step at or after one already has the smaller rate. With ``by: epoch`` all steps of
+    an epoch have the rate of its first.
     """
-    epoch = step / steps_per_epoch
+    epoch = float(step // steps_per_epoch) if schedule.by == "epoch" else step / steps_per_epoch
     if epoch < schedule.warmup_epochs:
         return schedule.warmup_start + (1 - schedule.warmup_start) * epoch / schedule.warmup_epochs
     return _SHAPES[schedule.kind](schedule, epoch, epochs)

@@ -14,9 +14,11 @@ from hpcsngd import dist, rundir
 from hpcsngd.config import resolve
 from hpcsngd.config.experiment import Experiment
 from hpcsngd.rundir import RunDir
-from hpcsngd.train import data, devices, models, optimizers, seeds
+from hpcsngd.tables import TABLES
+from hpcsngd.train import data, devices, models, optimizers, seeds, tasks
 from hpcsngd.train.checkpoint import Checkpoints, Loaded
 from hpcsngd.train.faults import SettingError
+from hpcsngd.train.layers import layer_rows
 from hpcsngd.train.loop import Parts, Trainer
 from hpcsngd.train.metrics import Progress, Recorder
 from hpcsngd.train.pulse import Pulse
@@ -53,7 +55,7 @@ def train(
     pulse.at("build")
     if config.deterministic:
         devices.use_deterministic_operations()
-    splits = data.load(config.data, resolved.site.data_root)
+    splits = data.load(config.data, resolved.site.data_root, seed=config.seed)
     parts = _build_parts(run, config, splits, device)
     sampler = ShardedSampler(
         len(splits.train),
@@ -62,6 +64,7 @@ def train(
         rank=dist.rank(),
         ranks=dist.world_size(),
         seed=config.seed,
+        blocks=splits.train.blocks,
     )
     checkpoints = Checkpoints(run.checkpoints_dir, config.checkpoint.keep)
     progress = _resume(checkpoints, config, parts, sampler)
@@ -82,6 +85,7 @@ def train(
             sampler=sampler,
             train=train_batches,
             test=test_batches,
+            task=tasks.build(config, splits.num_classes, splits.test.groups),
             recorder=recorder,
             checkpoints=checkpoints,
             stop_request=stop_request,
@@ -106,11 +110,10 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
     scaler = devices.make_scaler(config.precision, device)
     images = splits.train
     seeds.seed_streams(seeds.derive(config.seed, "weights"))
-    model = models.build_model(
-        config.model.name, splits.num_classes, images.channels, images.size, **config.model.args
-    ).to(device)
+    model = build_model(config, splits, device)
     if dist.rank() == 0:
         _summarize(run, model, images, device)
+        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
     strategy = STRATEGIES[config.strategy]()
     trained = strategy.prepare(model, device)
     shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
@@ -129,7 +132,23 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
     return Parts(model, trained, strategy, built, preconditioner, scaler, device)
 
 
-def _summarize(run: RunDir, model: nn.Module, images: data.Images, device: torch.device) -> None:
+def build_model(config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
+    """Returns an experiment's model for its data; the weights come from torch's random stream."""
+    images = splits.train
+    model = models.build_model(
+        config.model.name,
+        splits.num_classes,
+        images.channels,
+        images.size,
+        blurpool=config.model.blurpool,
+        **config.model.args,
+    ).to(device)
+    if config.model.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+    return model
+
+
+def _summarize(run: RunDir, model: nn.Module, images: data.Samples, device: torch.device) -> None:
     """Writes torchinfo's table of the model; draws nothing from the random streams, leaves no trace in it.
 
     Where torchinfo is missing, as in images made of Debian's packages, the model's own words must do.
@@ -187,10 +206,11 @@ def _loaders(
         config.eval_batch_size or config.batch_size,
         rank=dist.rank(),
         ranks=dist.world_size(),
+        groups=list(splits.test.groups.values()),
     )
     workers, pin = config.data.workers, device.type == "cuda"
     return (
-        data.loader(splits.train, sampler, workers=workers, pin=pin),
+        data.loader(splits.train, data.EpochSampler(sampler), workers=workers, pin=pin),
         data.loader(splits.test, evaluation, workers=workers, pin=pin),
     )
 

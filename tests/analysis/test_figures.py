@@ -9,7 +9,10 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from hpcsngd_analysis.figures import MANY, PALETTE, Curve, Curves, curves, figure, kept_points, style
+from hpcsngd_analysis import figures
+from hpcsngd_analysis.drawing import PALETTE, style
+from hpcsngd_analysis.figures import MANY, Curve, Curves, band_figure, bands, curves, figure
+from hpcsngd_analysis.groups import Group
 from hpcsngd_analysis.load import Runs, load
 from tests.analysis.runs import EXAMPLES, make_run
 
@@ -61,6 +64,17 @@ def test_loss_against_training_time(examples: Runs) -> None:
     assert failed[0] == 300.0
     assert math.isnan(failed[1])
     assert data.x_title == "training time (s)"
+
+
+def test_accuracy_against_samples_and_charged_time(examples: Runs) -> None:
+    samples = line(curves(examples, "accuracy", "samples"), "complete", "test")
+    train = examples.tables["train"].query("run == 'complete'")
+    assert samples.x[-1] == train["samples"].iloc[-1]
+    charged = curves(examples, "accuracy", "charged_s")
+    assert charged.x_title == "charged time (s)"
+    trained = curves(examples, "accuracy", "train_s")
+    for each in charged.lines:
+        assert (each.x >= line(trained, each.run, each.split).x[-len(each.x) :]).all()
 
 
 def test_the_loss_axis_is_logarithmic_where_a_run_diverges(examples: Runs, tmp_path: Path) -> None:
@@ -172,32 +186,71 @@ def test_a_figure_without_rows_says_so(tmp_path: Path) -> None:
     assert drawing.layout.annotations[0].text == "no rows"
 
 
-def test_a_short_curve_is_drawn_whole() -> None:
-    assert kept_points(np.arange(10.0), 10).tolist() == list(range(10))
-
-
-def test_a_long_curve_keeps_ends_spikes_and_gaps() -> None:
-    values = np.sin(np.arange(10_000) / 500)
-    values[3_333], values[7_777] = 50.0, -50.0
-    values[5_000:6_000] = np.nan
-    kept = kept_points(values, 1_000)
-    assert len(kept) <= 1_000
-    assert (np.diff(kept) > 0).all()
-    assert {0, 3_333, 7_777, 9_999} <= set(kept.tolist())
-    assert np.isnan(values[kept]).any()
-
-
-@pytest.mark.parametrize("points", [4, 5, 100])
-def test_a_thinned_curve_has_the_range_of_the_whole_one(points: int) -> None:
-    values = np.random.default_rng(0).standard_normal(1_001)
-    kept = kept_points(values, points)
-    assert len(kept) <= points
-    assert values[kept].min() == values.min()
-    assert values[kept].max() == values.max()
-
-
 def test_long_runs_are_thinned_in_figures(tmp_path: Path) -> None:
     make_run(tmp_path, tables={"train": [{"step": step, "loss": float(step)} for step in range(1, 31)]})
     data = curves(load([tmp_path]), "loss", "epoch", points=8)
     assert len(data.lines[0].y) <= 8
     assert data.lines[0].y[[0, -1]].tolist() == [1.0, 30.0]
+
+
+def seeds(tmp_path: Path, accuracies: dict[str, list[float]]) -> Runs:
+    for name, values in accuracies.items():
+        rows = [
+            {"step": step, "split": "test", "epoch": float(step), "accuracy": value}
+            for step, value in enumerate(values, start=1)
+        ]
+        make_run(tmp_path, name, tables={"eval": rows})
+    return load([tmp_path])
+
+
+def test_a_band_is_the_mean_with_an_interval_that_holds_it(tmp_path: Path) -> None:
+    runs = seeds(
+        tmp_path, {"a": [0.5, 0.7, 0.9], "b": [0.7, 0.9, 0.9], "c": [0.6, 0.8, 0.9], "d": [0.1, 0.2]}
+    )
+    groups = (Group("seeds", ("a", "b", "c")), Group("alone", ("d",)))
+    first, alone = bands(runs, groups, "accuracy", "epoch", generator=np.random.default_rng(0))
+    assert first.x.tolist() == [1.0, 2.0, 3.0]
+    assert first.mean == pytest.approx([0.6, 0.8, 0.9])
+    assert (first.low <= first.mean).all()
+    assert (first.mean <= first.high).all()
+    assert (first.low[:2] < first.mean[:2]).all()
+    assert (first.low[0], first.high[0]) == pytest.approx((0.5, 0.7))  # three values cannot give more
+    assert np.isnan(alone.low).all()
+    assert (first.n, alone.n) == (3, 1)
+
+
+def test_a_band_ends_where_the_shortest_run_ended(tmp_path: Path) -> None:
+    runs = seeds(tmp_path, {"a": [0.5, 0.7, 0.9], "b": [0.7, 0.9]})
+    (band,) = bands(runs, (Group("g", ("a", "b")),), "accuracy", "epoch", generator=np.random.default_rng(0))
+    assert band.x.tolist() == [1.0, 2.0]
+    assert band.mean == pytest.approx([0.6, 0.8])
+
+
+def test_a_band_is_the_same_again(tmp_path: Path) -> None:
+    runs = seeds(tmp_path, {"a": [0.5, 0.7], "b": [0.7, 0.8], "c": [0.9, 0.95]})
+    group = (Group("g", ("a", "b", "c")),)
+    one, two = (bands(runs, group, "accuracy", "epoch", generator=np.random.default_rng(1)) for _ in range(2))
+    assert one[0].low.tolist() == two[0].low.tolist()
+
+
+def test_the_band_figure_draws_mean_and_ends(tmp_path: Path) -> None:
+    runs = seeds(tmp_path, {"a": [0.5, 0.7], "b": [0.7, 0.9], "c": [0.2, 0.3]})
+    groups = (Group("<pair>", ("a", "b")), Group("alone", ("c",)))
+    found = bands(runs, groups, "accuracy", "epoch", generator=np.random.default_rng(0))
+    drawing = band_figure(found, "accuracy", "epoch")
+    low, high, mean, alone = drawing.data
+    assert list(mean.y) == pytest.approx([0.6, 0.8])
+    assert list(low.y) == found[0].low.tolist()
+    assert list(high.y) == found[0].high.tolist()
+    assert (high.fill, mean.name, alone.name) == ("tonexty", "&lt;pair&gt; (2 runs)", "alone (1 run)")
+    assert {each.meta["group"] for each in drawing.data} == {0, 1}
+
+
+def test_samples_between_two_rows_grow_with_steps(tmp_path: Path) -> None:
+    train = [{"step": 10, "samples": 640}, {"step": 20, "samples": 1280}]
+    make_run(tmp_path, tables={"train": train, "eval": [{"step": 15, "split": "test"}]})
+    make_run(tmp_path, "bare", tables={"eval": [{"step": 15, "split": "test"}]})
+    tables = load([tmp_path]).tables
+    found = figures.samples_at(tables["train"], tables["eval"])
+    assert found[tables["eval"]["run"] == "run"].tolist() == [960.0]
+    assert found[tables["eval"]["run"] == "bare"].isna().all()

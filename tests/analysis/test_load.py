@@ -194,7 +194,7 @@ def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match="is no run directory and holds none"):
         load([tmp_path])
     (tmp_path / "file").touch()
-    with pytest.raises(RunDirError, match="file is not a directory"):
+    with pytest.raises(RunDirError, match="file is no directory and no file of the original HyLo scripts"):
         load([tmp_path / "file"])
 
 

@@ -92,7 +92,7 @@ class TestPrecedence:
 
     def test_variables_expand_and_can_be_left_alone(self) -> None:
         assert get(environment={"DATA": "/d"}).site.data_root == "/d"
-        parts, _ = resolve_parts("s.yaml", None)
+        parts = resolve_parts("s.yaml", None).models
         assert parts["site"].model_dump()["data_root"] == "${DATA:-/data}"
 
     def test_a_new_name_drops_the_old_arguments(self) -> None:

@@ -252,6 +252,20 @@ def test_a_silent_agent_is_a_killed_one_if_the_launcher_ends_the_others(patient:
     assert status.reason.startswith("killed: the agent of node 1 was killed (node 1 on n1")
 
 
+def test_a_silent_agent_is_a_lost_node_if_slurm_puts_the_job_back(
+    patient: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm has noticed first: it ends the others and starts the job again."""
+    context = instead(patient, restart_on=("node_failure",), max_attempts=3)
+    monkeypatch.setattr(ownjob, "ask", lambda *_, **__: ownjob.OwnJob("PENDING", 1, False, None))
+    context.attempt.write_fault(torn(0))
+    sign(context, 1)
+    outcome.conclude(context, Ended("itself", 1, TORN), stopped(signal.SIGTERM))
+    assert context.run.status() is None
+    told = rundir.read_yaml(context.attempt.ended_yaml)
+    assert (told["cause"], told["next"], told["lost_hosts"]) == ("node_failure", "scheduler", ["n1"])
+
+
 @pytest.mark.parametrize("phase", [lifeline.ENDED, "peer"])
 def test_an_agent_that_ends_its_workers_is_not_silent(patient: Context, phase: str) -> None:
     patient.attempt.write_fault(torn(0))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import plan
+from hpcsngd.launch import directives, plan, preflight
 from hpcsngd.launch.plan import Host, Plan
 
 from .conftest import Configure
@@ -67,7 +67,7 @@ def test_job_names_are_what_schedulers_accept(name: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("gb", "text"), [(None, None), (0, "0"), (480, "480G"), (1.5, "1536M")])
 def test_memory_in_slurms_words(gb: float | None, text: str | None) -> None:
-    assert plan.memory(gb) == text
+    assert directives.memory(gb) == text
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,6 @@ def test_all_refusals_come_at_once(configure: Configure, host: Host) -> None:
     ("site", "overrides", "words"),
     [
         (changed(status="retired"), {}, "the system is retired"),
-        (changed(scheduler={"kind": "lsf"}), {}, "lsf is not supported yet"),
         (changed(scheduler={"kind": "ssh"}), {}, "ssh is not supported yet"),
         (changed(launch={"launcher": "jsrun"}), {}, "jsrun does not work with slurm"),
         (changed(launch={"launcher": "none"}), {"nodes": 2}, "none starts one agent, but this job needs 2"),
@@ -175,6 +174,22 @@ def test_missing_data_are_refused_with_the_way_to_get_them(configure: Configure,
     assert (
         plan.make(configure(changed(data_root="/data"), data__name="fashion-mnist"), host=present).nodes == 1
     )
+
+
+def test_data_that_only_nodes_see_are_not_looked_for(
+    configure: Configure, host: Host, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = dataclasses.replace(host, exists=lambda path: False)
+    site = changed(data_root="/data", data_root_on="nodes")
+    resolved = configure(site, data__name="fashion-mnist")
+    with caplog.at_level("WARNING"):
+        assert preflight.check(resolved, run_root=tmp_path, host=bare).nodes == 1
+    assert "data set fashion-mnist below /data was not looked for" in caplog.text
+    assert "site testsite has data_root_on: nodes" in caplog.text
+    # a local site's node is this machine
+    here = {"description": "d", "scheduler": {"kind": "local"}, "data_root": "/data", "data_root_on": "nodes"}
+    text = refusal(configure, bare, here, data__name="fashion-mnist")
+    assert "data set fashion-mnist is not below /data" in text
 
 
 def test_this_machine_describes_itself(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import PreflightError, SchedulerError
-from hpcsngd.launch import ownjob, plan, requeue, sending
+from hpcsngd.launch import agent, ownjob, plan, requeue, schedulers, sending, slurm
 from hpcsngd.launch.ownjob import OwnJob
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
-from hpcsngd.rundir import RunDir
+from hpcsngd.rundir import Fault, RunDir
 
 from .conftest import LOCAL_SITE, Configure
 
@@ -88,7 +88,7 @@ def test_a_time_out_without_a_new_checkpoint_would_only_repeat(run: RunDir, made
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Records what is asked of Slurm; every call works."""
     asked: list[Any] = []
-    monkeypatch.setattr(requeue, "command_output", lambda words, **_: asked.append(list(words)))
+    monkeypatch.setattr(slurm, "command_output", lambda words, **_: asked.append(list(words)))
 
     def send(run: RunDir, made: Plan, attempt: int, **directives: object) -> str:
         asked.append((attempt, directives))
@@ -120,7 +120,7 @@ def test_the_job_is_requeued(run: RunDir, made: Plan, calls: Sequence[Any]) -> N
 def test_where_it_cannot_be_a_new_job_waits_for_its_end(
     run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("scontrol is not installed here"))
+    monkeypatch.setattr(slurm, "command_output", refusing("scontrol is not installed here"))
     assert go_on(run, made) == {"state": "preempted", "next": "resubmit", "job_id": "8"}
     assert calls == [(2, {"dependency": "afterany:7"})]
 
@@ -128,7 +128,7 @@ def test_where_it_cannot_be_a_new_job_waits_for_its_end(
 def test_a_scheduler_that_was_quicker_is_left_alone(
     run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("Job is pending execution"))
+    monkeypatch.setattr(slurm, "command_output", refusing("Job is pending execution"))
     monkeypatch.setattr(ownjob, "ask", lambda *_, **__: OwnJob("COMPLETING", 1, False, 60.0))
     assert go_on(run, made) == {"state": "preempted", "next": "scheduler", "job_id": "7"}
     assert calls == []
@@ -137,12 +137,98 @@ def test_a_scheduler_that_was_quicker_is_left_alone(
 def test_both_reasons_are_told_if_neither_works(
     run: RunDir, made: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "command_output", refusing("no scontrol"))
+    monkeypatch.setattr(slurm, "command_output", refusing("no scontrol"))
     monkeypatch.setattr(sending, "send", refusing("no sbatch"))
     monkeypatch.setattr(ownjob, "ask", lambda *_, **__: None)
     with pytest.raises(SchedulerError, match=r"^no scontrol; no sbatch$"):
         go_on(run, made)
     assert not run.attempt(1).ended_yaml.exists()
+
+
+LOST = Fault("node_failure", "node 1 fell silent", "n1", node=1)
+
+
+def lose(run: RunDir, made: Plan, *faults: Fault) -> dict[str, Any]:
+    """Goes on after faults on a job of three nodes; returns what is recorded."""
+    for fault in faults:
+        run.attempt(1).write_fault(fault)
+    here = Place("7", ("n0", "n1", "n2"), 0, 0, 0, 3, 0, "n0")
+    requeue.go_on(run, made, run.attempt(1), here, {"cause": "node_failure"})
+    return rundir.read_yaml(run.attempt(1).ended_yaml)
+
+
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    asked: list[Any] = []
+    ours = dataclasses.replace(schedulers.QUEUES["slurm"], cancel=lambda job_ids, **_: asked.append(job_ids))
+    monkeypatch.setitem(schedulers.QUEUES, "slurm", ours)
+    return asked
+
+
+def test_after_a_lost_node_a_new_job_keeps_off_it(
+    run: RunDir, made: Plan, calls: Sequence[Any], cancelled: Sequence[Any]
+) -> None:
+    assert lose(run, made, LOST) == {
+        "cause": "node_failure",
+        "lost_hosts": ["n1"],
+        "next": "resubmit",
+        "job_id": "8",
+    }
+    assert calls == [(2, {"dependency": "afterany:7", "exclude": "n1"})]
+    assert cancelled == [["7"]]
+
+
+def test_the_sites_own_exclusions_and_earlier_losses_stay(
+    run: RunDir, made: Plan, calls: Sequence[Any], cancelled: Sequence[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that names its GPU's failure tells the node, too."""
+    site = dataclasses.replace(made, directives={"exclude": "n8"}, ranks_per_node=2)
+    lose(run, site, LOST, Fault("node_failure", "GPU is lost", "n2", rank=4))
+    assert calls == [(2, {"dependency": "afterany:7", "exclude": "n8,n1,n2"})]
+    here = Place("8", ("n0", "n3"), 0, 0, 0, 2, 0, "n0")
+    monkeypatch.setattr(slurm, "command_output", refusing("no scontrol"))
+    requeue.go_on(run, site, run.attempt(2), here, {"cause": "timeout"})
+    assert calls[-1] == (3, {"dependency": "afterany:8", "exclude": "n8,n1,n2"})
+
+
+def test_too_few_nodes_without_the_lost_one_are_asked_for_all_the_same(
+    run: RunDir, made: Plan, calls: list[Any], cancelled: Sequence[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_to_exclude(run: RunDir, made: Plan, attempt: int, **directives: object) -> str:
+        if "exclude" in directives:
+            raise SchedulerError("Requested node configuration is not available")
+        calls.append((attempt, directives))
+        return "8"
+
+    monkeypatch.setattr(sending, "send", refuse_to_exclude)
+    assert lose(run, made, LOST)["job_id"] == "8"
+    assert calls == [(2, {"dependency": "afterany:7"})]
+    assert cancelled == [["7"]]
+
+
+def test_a_loss_that_slurm_has_noticed_is_left_to_it(
+    run: RunDir, made: Plan, calls: Sequence[Any], cancelled: Sequence[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownjob, "ask", lambda *_, **__: OwnJob("COMPLETING", 1, False, 60.0))
+    assert lose(run, made, LOST)["next"] == "scheduler"
+    assert (calls, cancelled) == ([], [])
+
+
+def test_a_job_that_cannot_be_cancelled_changes_nothing(
+    run: RunDir, made: Plan, calls: Sequence[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "cancel", refusing("busy"))
+    assert lose(run, made, LOST)["next"] == "resubmit"
+
+
+def test_a_job_that_was_given_up_leaves_at_once(run: RunDir, made: Plan) -> None:
+    here = Place("7", ("n0",), 0, 0, 0, 1, 1, "n0")
+    assert not agent.is_superseded(run.attempt(2), made, here)
+    rundir.write_yaml(run.attempt(2).submitted_yaml, {"job_id": "8"})
+    assert agent.is_superseded(run.attempt(2), made, here)
+    assert not agent.is_superseded(run.attempt(2), made, dataclasses.replace(here, job_id="8"))
+    local = dataclasses.replace(made, scheduler="local")
+    assert not agent.is_superseded(run.attempt(2), local, here)
 
 
 def limited(configure: Configure, **overrides: Any) -> Plan:

@@ -253,11 +253,12 @@ def test_order_waits_for_those_that_have_not_ended(configure: Configure, path: P
     runs[2].write_status(rundir.Status("completed", "", 1))
     program(path, "squeue", "printf '10|PENDING|Priority|N/A\\n11|RUNNING|None|N/A\\n'")
     wanted = order.directives("slurm", after=runs, hold=True)
-    assert wanted == {"hold": True, "dependency": "afterok:10:11"}
-    submit.submit(configure(SITE), argv=[], directives=wanted)
+    assert wanted == {"hold": True, "dependency": "afterany:10:11"}
+    run = submit.submit(configure(SITE), argv=[], directives=wanted, after=runs[:2]).run
+    assert Plan.from_record(run.plan_record(1)).after == (str(runs[0].path), str(runs[1].path))
     script = (path / "sbatch.script").read_text()
     assert "#SBATCH --hold\n" in script
-    assert "#SBATCH --dependency=afterok:10:11\n" in script
+    assert "#SBATCH --dependency=afterany:10:11\n" in script
 
 
 def test_order_refuses_what_cannot_happen(run: rundir.RunDir) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsngd.optim import DampingDecay, HyLo, SwitchRule
+from hpcsngd.optim import DampingDecay, DampingSteps, HyLo, SwitchRule
 from hpcsngd.optim.hybrid import Switch
 from tests.optim import models, oracle
 
@@ -242,3 +242,23 @@ def test_bad_decays_are_refused(fields: dict[str, float], message: str) -> None:
 
 def test_constant_decay_is_constant() -> None:
     assert DampingDecay(0.3, 0.3, 10).at_epoch(7.5) == 0.3
+
+
+def test_damping_steps_at_its_milestones() -> None:
+    steps = {"initial": 0.2, "factor": 0.5, "milestones": [1, 2]}
+    records = train(3 * STEPS_PER_EPOCH, {"damping": steps, "refresh_every": 1})["records"]
+    expected = [0.2 * 0.5 ** (step // STEPS_PER_EPOCH) for step in range(3 * STEPS_PER_EPOCH)]
+    assert [record.damping for record in records] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"initial": 0.0, "factor": 0.5, "milestones": (1,)}, "must be positive"),
+        ({"initial": 0.1, "factor": -1.0, "milestones": (1,)}, "must be positive"),
+        ({"initial": 0.1, "factor": 0.5, "milestones": (2, 1)}, "must rise"),
+    ],
+)
+def test_bad_steps_of_damping_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DampingSteps(**fields)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from hpcsngd.config import experiment
-from hpcsngd.optim import GGT, KFAC, MFAC, DampingDecay, HyLo, SwitchRule
+from hpcsngd.optim import GGT, KFAC, MFAC, DampingDecay, DampingSteps, HyLo, SwitchRule
 from tests.optim import models
 
 #: Given by training itself, or a function that YAML cannot write.
@@ -26,6 +26,7 @@ NOT_WRITTEN |= {"profile", "observe", "rank_shares", "loss", "parameters"}
         (experiment.GGT, GGT.__init__, set()),
         (experiment.Switch, SwitchRule.__init__, set()),
         (experiment.DampingDecay, DampingDecay.__init__, set()),
+        (experiment.DampingSteps, DampingSteps.__init__, set()),
     ],
 )
 def test_fields_are_arguments_with_their_defaults(schema: Any, built: Any, others: set[str]) -> None:
@@ -42,6 +43,7 @@ def test_fields_are_arguments_with_their_defaults(schema: Any, built: Any, other
         {"method": "hybrid", "switch": {"windows": [[0, 10], [35, 40]]}, "low_rank": 32},
         {"method": "kid", "share": 0.9, "complement": "residual", "kl_clip": 1e-3, "rescale": "norm"},
         {"damping": {"initial": 1.5, "target": 0.1, "epochs": 90, "warmup_epochs": 5}},
+        {"damping": {"initial": 0.002, "factor": 0.5, "milestones": [40, 80]}},
     ],
 )
 def test_what_the_schema_accepts_is_built(fields: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import order, preflight, probe, status, submit
+from hpcsngd.launch import order, preflight, probe, status, submit, usage
 from hpcsngd.launch.cancel import cancel
 from hpcsngd.launch.plan import Directive
 from hpcsngd.launch.resume import rerun, resume
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm_cluster")]
 
 
-def send(configure: Configure, behavior: str, **directives: Directive) -> submit.Submitted:
+def send(
+    configure: Configure, behavior: str, *, after: Sequence[rundir.RunDir] = (), **directives: Directive
+) -> submit.Submitted:
     resolved = configure("per_rank", env={"STANDIN": behavior})
-    return submit.submit(resolved, argv=["test"], worker=STANDIN, directives=directives)
+    return submit.submit(resolved, argv=["test"], worker=STANDIN, directives=directives, after=after)
 
 
 def state_of(run: rundir.RunDir) -> status.RunState:
@@ -48,8 +51,8 @@ def shim(folder: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
 def test_a_held_run_and_the_one_after_it(slurm_cluster: SlurmCluster, configure: Configure) -> None:
     first = send(configure, "ok", **order.directives("slurm", hold=True))
     waiting = order.directives("slurm", after=[first.run])
-    assert waiting == {"dependency": f"afterok:{first.job_id}"}
-    second = send(configure, "ok", **waiting)
+    assert waiting == {"dependency": f"afterany:{first.job_id}"}
+    second = send(configure, "ok", after=[first.run], **waiting)
     # Slurm names the dependency only after its scheduler has looked at the job.
     wait_until(lambda: state_of(second.run).reason.startswith("Dependency"), "the reason", timeout_s=60)
     found = status.states([first.run, second.run])
@@ -85,6 +88,7 @@ def test_a_waiting_run_is_expected_to_start(slurm_cluster: SlurmCluster, configu
 
 def test_cancel_while_it_waits(slurm_cluster: SlurmCluster, configure: Configure) -> None:
     submitted = send(configure, "ok", hold=True)
+    behind = send(configure, "ok", after=[submitted.run], **order.directives("slurm", after=[submitted.run]))
     [done] = cancel([submitted.run])
     assert (done.state, done.was_sent) == ("pending", True)
     ended = submitted.run.status()
@@ -96,6 +100,10 @@ def test_cancel_while_it_waits(slurm_cluster: SlurmCluster, configure: Configure
     assert (again.was_sent, again.text) == (False, "had ended already: cancelled")
     with pytest.raises(PreflightError, match="it is cancelled"):
         order.directives("slurm", after=[submitted.run])
+    never = submit.wait(behind.run, poll_s=0.5)
+    words = f"configuration: it was to start after {submitted.run.name}, which is cancelled (cancelled by "
+    assert (never.state, never.reason.startswith(words)) == ("failed", True), never.reason
+    assert reports(behind.run) == []
 
 
 def test_cancel_while_it_runs_then_resume_with_less(
@@ -121,6 +129,11 @@ def test_cancel_while_it_runs_then_resume_with_less(
     facts = rundir.read_yaml(run.attempt(2).attempt_yaml)
     assert (facts["nodes"], facts["world_size"], facts["job"]["TimeLimit"]) == (1, 2, "00:05:00")
     assert facts["hardware"]["cpus"] >= 1
+    wait_until(lambda: usage.settle(run) or run.attempt(2).accounting_yaml.exists(), "the accounts", 60)
+    cancelled, completed = usage.summary(run)
+    assert (cancelled["attempt"], completed["attempt"]) == (1, 2)
+    assert (completed["exit_code"], completed["by"]) == ("0:0", "Slurm")
+    assert completed["max_rss_mib"] > 10  # the stand-in is a Python
     with pytest.raises(PreflightError, match="has completed"):
         resume(run, argv=["test"])
 

@@ -24,7 +24,7 @@ import yaml
 
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Override, Resolved, full_path, resolve
-from hpcsngd.launch import sending, submit
+from hpcsngd.launch import order, sending, submit
 from hpcsngd.launch.plan import Plan
 from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
@@ -33,7 +33,7 @@ from tests.testbed.slurmbed.cluster import read_facts
 from tests.testbed.slurmbed.config import Site
 from tests.testbed.slurmbed.layout import Layout, login_name
 
-from .conftest import Configure, site_data
+from .conftest import STANDIN, Configure, site_data
 
 if TYPE_CHECKING:
     from tests.testbed.plugin import SlurmCluster
@@ -216,10 +216,24 @@ def test_signals_requeues_and_preemption_do_not_change_a_run(
 
 
 def test_a_chain_past_the_limit_and_kills_beside_it(
-    slurm_cluster: SlurmCluster, slow: Callable[..., Resolved], unbroken: RunDir, tmp_path: Path
+    slurm_cluster: SlurmCluster,
+    slow: Callable[..., Resolved],
+    configure: Configure,
+    unbroken: RunDir,
+    tmp_path: Path,
 ) -> None:
-    """A run is longer than the site allows and its submitter is gone; beside it, processes are killed."""
+    """A run is longer than the site allows and its submitter is gone; beside it, processes are killed.
+
+    Another run was to start after it, and does so after the last job of the chain.
+    """
     chain = submitted_and_orphaned(tmp_path)
+    follower = submit.submit(
+        configure(),
+        argv=["test"],
+        worker=STANDIN,
+        directives=order.directives("slurm", after=[chain]),
+        after=[chain],
+    )
     shot_worker, _ = send(slow(1.0))
     wait_until(lambda: step_of(shot_worker) >= 2, "step 2 of the run whose worker is killed")
     os.kill(worker_pid(shot_worker, 3), signal.SIGKILL)
@@ -247,6 +261,12 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
     assert end_of(chain, 1)["job_id"] == jobs[1]
     assert_equal(chain, unbroken)
     assert_nothing_left(chain)
+    followed = submit.wait(follower.run, poll_s=0.5)
+    assert (followed.state, followed.attempt) == ("completed", 1), followed.reason
+    began = rundir.read_yaml(follower.run.attempt(1).attempt_yaml)
+    assert began["start"] > ended.utc
+    # it did not wait for the chain's first job alone
+    assert began["job_id"] != follower.job_id
 
 
 def submitted_and_orphaned(tmp_path: Path) -> RunDir:
@@ -294,19 +314,25 @@ def testbed(slurm_cluster: SlurmCluster) -> Iterator[Site]:
     assert facts is not None
     site = Site(layout, facts.shape, login_name(), facts.network)
     yield site
-    if slurmd(site, 2).pid() is None:
-        bring_back(slurm_cluster, site)
+    for index in range(1, site.shape.nodes + 1):
+        if slurmd(site, index).pid() is None:
+            notice_loss(slurm_cluster, index)
+            bring_back(slurm_cluster, site, index)
 
 
 def slurmd(site: Site, index: int) -> Any:
     return services.daemon(site.layout, f"slurmd.{site.shape.node_names[index - 1]}")
 
 
-def bring_back(cluster: SlurmCluster, site: Site) -> None:
-    """Has Slurm notice that node 2 is gone, which would take minutes, and starts it again."""
-    name = site.shape.node_names[1]
-    cluster.run("scontrol", "update", f"nodename={name}", "state=down", "reason=crashed")
-    services.start_node(site, 2)
+def notice_loss(cluster: SlurmCluster, index: int) -> None:
+    """Has Slurm notice that a node is gone, which would take minutes."""
+    cluster.run("scontrol", "update", f"nodename={cluster.nodes[index - 1]}", "state=down", "reason=crashed")
+
+
+def bring_back(cluster: SlurmCluster, site: Site, index: int) -> None:
+    """Starts a node again whose loss Slurm has noticed."""
+    name = cluster.nodes[index - 1]
+    services.start_node(site, index)
 
     def is_back() -> bool:
         # with ReturnToService=2 it comes back by itself, and to resume it then is refused
@@ -316,9 +342,9 @@ def bring_back(cluster: SlurmCluster, site: Site) -> None:
     wait_until(is_back, f"the return of {name}")
 
 
-def crash(site: Site) -> None:
-    """Kills all processes of node 2 at once, as a loss of power would."""
-    pid = slurmd(site, 2).pid()
+def crash(site: Site, index: int) -> None:
+    """Kills all processes of a node at once, as a loss of power would."""
+    pid = slurmd(site, index).pid()
     network = Path(f"/proc/{pid}/ns/net").readlink()
     for folder in Path("/proc").iterdir():
         try:
@@ -342,29 +368,39 @@ def test_a_rank_that_hangs(slurm_cluster: SlurmCluster, slow: Callable[..., Reso
     assert_nothing_left(hung)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="Slurm 22.05 may start the requeued job within a second, on the dead node too, and hand it the "
-    "SIGTERM that was meant for the job before: it then ends with 143 before an agent runs",
-)
-def test_a_node_that_dies(
+def test_nodes_that_die(
     slurm_cluster: SlurmCluster, slow: Callable[..., Resolved], unbroken: RunDir, testbed: Site
 ) -> None:
+    """A run loses its second node, goes on beside it, and loses the node on which its job's script runs."""
     if slurm_cluster.network != "netns":
         pytest.skip(
             "network namespaces are not permitted here: a node's processes cannot be told from others"
         )
-    bereft, _ = send(slow(0.5))
+    if len(slurm_cluster.nodes) < 3:
+        pytest.skip("somebody has started the cluster with two nodes: there is none to go on with")
+    first, second, spare = slurm_cluster.nodes[:3]
+    bereft, job_id = send(slow(0.5))
     wait_until(lambda: step_of(bereft) >= 10, "step 10, after a checkpoint")
-    crash(testbed)
+    crash(testbed, 2)
     wait_until(bereft.attempt(1).ended_yaml.exists, "the agent's notice of the lost node")
     told = end_of(bereft, 1)
-    assert told["cause"] == "node_failure"
-    assert told["next"] in ("requeue", "scheduler")  # whoever was quicker
-    assert told["reason"].startswith(f"node failure: node 1 fell silent (node 1 on {slurm_cluster.nodes[1]}")
-    bring_back(slurm_cluster, testbed)
+    assert (told["cause"], told["next"], told["lost_hosts"]) == ("node_failure", "resubmit", [second])
+    assert told["reason"].startswith(f"node failure: node 1 fell silent (node 1 on {second}")
+    notice_loss(slurm_cluster, 2)
+    wait_until(bereft.attempt(2).attempt_yaml.exists, "attempt 2, without the lost node")
+    assert rundir.read_yaml(bereft.attempt(2).attempt_yaml)["hosts"] == [first, spare]
+    assert slurm_cluster.state(job_id) == "CANCELLED"
+    bring_back(slurm_cluster, testbed, 2)
+    wait_until(lambda: step_of(bereft) >= 18, "step 18, after a checkpoint of attempt 2")
+    crash(testbed, 1)
+    wait_until(bereft.attempt(2).ended_yaml.exists, "the other agent's notice of the lost node")
+    told = end_of(bereft, 2)
+    assert (told["cause"], told["next"]) == ("node_failure", "scheduler")
+    notice_loss(slurm_cluster, 1)
+    bring_back(slurm_cluster, testbed, 1)
     ended = submit.wait(bereft, poll_s=0.5)
-    assert ended.state == "completed", ended.reason
+    assert (ended.state, ended.attempt) == ("completed", 3), ended.reason
+    assert end_of(bereft, 1)["job_id"] == rundir.read_yaml(bereft.attempt(3).attempt_yaml)["job_id"]
     assert_equal(bereft, unbroken)
     assert_nothing_left(bereft)
 

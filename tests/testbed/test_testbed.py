@@ -193,14 +193,15 @@ def test_slurm_conf_names_nodes_with_their_own_addresses() -> None:
     assert settings(text)["SlurmctldHost"] == "login1(10.214.88.254)"
     assert settings(text)["FirstJobId"] == "77"
     node = "NodeName=hpcsngd-{0} NodeHostname=hpcsngd-{0} NodeAddr=10.214.88.{0} Port=2682{0} CPUs=8"
-    expected = [f"{node.format(index)} RealMemory=1000000 Gres=gpu:3" for index in (1, 2)]
+    expected = [f"{node.format(index)} RealMemory=1000000 Weight={index} Gres=gpu:3" for index in (1, 2)]
     assert lines_of(text, "NodeName") == expected
 
 
 def test_in_loopback_mode_only_the_ports_differ() -> None:
     text = config.slurm_conf(LOOPBACK, first_job_id=1)
     node = (
-        "NodeName=hpcsngd-{0} NodeHostname=login1 NodeAddr=127.0.0.1 Port=2682{0} CPUs=4 RealMemory=1000000"
+        "NodeName=hpcsngd-{0} NodeHostname=login1 NodeAddr=127.0.0.1 Port=2682{0} CPUs=4 "
+        "RealMemory=1000000 Weight={0}"
     )
     assert lines_of(text, "NodeName") == [node.format(index) for index in (1, 2)]
     assert "gpu" not in text

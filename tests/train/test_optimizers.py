@@ -100,7 +100,51 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
 def test_muon_without_torchs_own_names_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(SettingError, match=r"muon needs torch >= 2\.9; this is torch"):
-        muon(net(), lr=0.1, weight_decay=0, momentum=0.9, nesterov=True, adamw_lr=0.1)
+        muon(net(), lr=0.1, weight_decay=0, no_decay=[], momentum=0.9, nesterov=True, adamw_lr=0.1)
+
+
+def normalized_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("no_decay", "exempt"),
+    [
+        ([], set()),
+        (["BatchNorm2d"], {"1.weight", "1.bias"}),
+        (["BatchNorm2d", "^3$"], {"1.weight", "1.bias", "3.weight", "3.bias"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_each_parameter_is_in_one_group_and_the_named_modules_do_not_decay(
+    name: str, no_decay: list[str], exempt: set[str]
+) -> None:
+    model = normalized_net()
+    fields = {"name": name, "lr": 0.1, "weight_decay": 0.5, "no_decay": no_decay}
+    (optimizer,) = build_optimizers(model, experiment(optimizer=fields).optimizer)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [
+        (names[id(each)], group["weight_decay"])
+        for group in optimizer.param_groups
+        for each in group["params"]
+    ]
+    assert sorted(found) == sorted((name, 0.0 if name in exempt else 0.5) for name in names.values())
+
+
+def test_what_does_not_decay_keeps_training() -> None:
+    model = normalized_net()
+    fields = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "no_decay": ["BatchNorm2d"]}
+    (optimizer,) = build_optimizers(model, experiment(optimizer=fields).optimizer)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    nn.functional.cross_entropy(model(torch.randn(8, 1, 4, 4)), torch.arange(8) % 3).backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_module_that_is_not_there_cannot_be_exempt() -> None:
+    fields = {"name": "sgd", "lr": 0.1, "no_decay": ["LayerNorm"]}
+    with pytest.raises(SettingError, match=r"optimizer.no_decay='LayerNorm' matches no module"):
+        build_optimizers(normalized_net(), experiment(optimizer=fields).optimizer)
 
 
 def test_no_preconditioner_without_one_in_the_experiment() -> None:

@@ -30,8 +30,11 @@ ranks_module._CONTEXT.set_forkserver_preload(["torch", "tests.ranks", "tests.tra
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("preconditioner", [{}, HYLO], ids=["sgd", "hylo"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "preconditioner"),
+    [(2, {}), (4, {}), (2, HYLO | {"data.augment": "{crop: 1, flip: true, cutout: 2}"}), (4, HYLO)],
+    ids=["2-sgd", "4-sgd", "2-hylo-changed-images", "4-hylo"],
+)
 def test_ranks_do_what_one_rank_does(tmp_path: Path, ranks: int, preconditioner: dict[str, str]) -> None:
     # 200 samples: each epoch ends with a step of 8 that the ranks share
     alone = make_run(tmp_path, batch_size=16, **preconditioner)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from itertools import chain
 
 import pytest
@@ -129,3 +130,40 @@ def test_evaluation_has_each_sample_on_one_rank(samples: int, batch: int, ranks:
     ]
     assert sorted(chain(*batches)) == list(range(samples))
     assert all(1 <= len(part) <= batch for part in batches)
+
+
+class TestBlocks:
+    def test_blocks_come_one_after_the_other_in_a_new_order_each_epoch(self) -> None:
+        sizes = [5, 3, 6]
+        owner = [block for block, size in enumerate(sizes) for _ in range(size)]
+        sampler = ShardedSampler(14, 4, blocks=sizes, seed=1)
+        orders = []
+        for epoch in range(12):
+            sampler.start_at(epoch)
+            order = [index for batch in sampler for index in batch]
+            assert sorted(order) == list(range(14))
+            blocks = [block for block, _ in itertools.groupby(owner[index] for index in order)]
+            assert len(blocks) == 3
+            orders.append((tuple(blocks), tuple(order)))
+        assert len({blocks for blocks, _ in orders}) >= 3
+        assert len({order for _, order in orders}) == 12
+
+    def test_ranks_share_them_and_steps_can_be_resumed(self) -> None:
+        whole = [set(batch) for batch in ShardedSampler(14, 4, blocks=[5, 9])]
+        parts = [list(ShardedSampler(14, 2, blocks=[5, 9], rank=rank, ranks=2)) for rank in range(2)]
+        assert [set(a) | set(b) for a, b in zip(*parts, strict=True)] == whole
+        later = ShardedSampler(14, 4, blocks=[5, 9])
+        later.start_at(0, 2)
+        assert [set(batch) for batch in later] == whole[2:]
+
+    def test_one_block_is_the_order_of_before(self) -> None:
+        assert list(ShardedSampler(14, 4, blocks=[14])) == list(ShardedSampler(14, 4))
+
+
+def test_groups_are_evaluated_whole() -> None:
+    groups = [3, 1, 4, 2]
+    seen = [
+        [index for batch in EvaluationSampler(10, 3, rank=rank, ranks=3, groups=groups) for index in batch]
+        for rank in range(3)
+    ]
+    assert seen == [[0, 1, 2, 8, 9], [3], [4, 5, 6, 7]]

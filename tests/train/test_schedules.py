@@ -48,3 +48,9 @@ def test_linear_falls_evenly() -> None:
 
 def test_a_warm_up_as_long_as_the_run_never_gets_to_the_shape() -> None:
     assert curve([0, 49], kind="cosine", warmup_epochs=5, warmup_start=0) == pytest.approx([0, 0.98])
+
+
+def test_by_epoch_the_rate_changes_when_an_epoch_begins() -> None:
+    # HyLo's script: (1/P)(e (P - 1)/warmup + 1) for 4 ranks and 2 epochs of 10 steps
+    rates = curve([0, 9, 10, 19, 20], warmup_epochs=2, warmup_start=0.25, by="epoch")
+    assert rates == pytest.approx([0.25, 0.25, 0.625, 0.625, 1])

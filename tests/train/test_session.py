@@ -41,7 +41,8 @@ def test_a_run_writes_what_it_promises(tmp_path: Path) -> None:
     assert result["best_test_accuracy"] == max(row["accuracy"] for row in evaluations)
     assert 0 < result["train_s"] < result["wall_s"]
     assert "Conv2d" in run.summary_txt.read_text()
-    assert sorted(path.name for path in run.metrics_dir.iterdir()) == ["eval.csv", "train.csv"]
+    written = sorted(path.name for path in run.metrics_dir.iterdir())
+    assert written == ["confusion.csv", "eval.csv", "layers.csv", "train.csv"]
 
 
 def test_cross_validation_evaluates_the_held_out_fold(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hpcsngd.config.fields import walltime_minutes, walltime_text
 from hpcsngd.config.site import Site
 from hpcsngd.launch import partitions
+from hpcsngd.launch.doctor import lsf
 from hpcsngd.launch.doctor.finding import Finding, broken, ok, warning
 from hpcsngd.launch.doctor.machine import Machine
 
@@ -60,16 +61,19 @@ def check(site_name: str | None, site: Site | None, machine: Machine) -> Iterato
         yield ok("scheduler", "local: jobs are processes of this machine")
     elif site.scheduler.kind == "slurm":
         yield from _slurm(site_name or "", site, machine)
+    elif site.scheduler.kind == "lsf":
+        yield from lsf.check(site_name or "", site, machine)
     else:
-        yield broken("scheduler", f"{site.scheduler.kind} is not supported yet", "allowed: slurm, local")
+        text = f"{site.scheduler.kind} is not supported yet"
+        yield broken("scheduler", text, "allowed: slurm, lsf, local")
 
 
 def _any(machine: Machine) -> Finding:
-    for program, question in {"sbatch": "--version", "bsub": "-V"}.items():
+    for program, question in {"sbatch": ["sbatch", "--version"], "bsub": ["lsid"]}.items():
         if machine.find(program):
-            said = machine.run([program, question], 30)
+            said = machine.run(question, 30)
             if said.status == 0:
-                return ok("scheduler", _short(said.text))
+                return ok("scheduler", said.text.strip().partition("\n")[0])
             return warning(
                 "scheduler", f"{program}: {_short(said.text)}", "jobs cannot be submitted from here"
             )

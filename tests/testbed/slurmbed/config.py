@@ -130,7 +130,8 @@ def _node_line(site: Site, index: int) -> str:
     host = site.login if site.network == "loopback" else name
     gpus = f" Gres=gpu:{site.shape.gpus}" if site.shape.gpus else ""
     where = f"NodeHostname={host} NodeAddr={site.node_address(index)} Port={NODE_PORT_BASE + index}"
-    return f"NodeName={name} {where} CPUs={site.shape.cpus} RealMemory=1000000{gpus}"
+    # the first free nodes are taken, so that a test knows which of more nodes than it needs is the spare
+    return f"NodeName={name} {where} CPUs={site.shape.cpus} RealMemory=1000000 Weight={index}{gpus}"
 
 
 def slurmdbd_conf(site: Site) -> str:

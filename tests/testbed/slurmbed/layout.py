@@ -43,7 +43,7 @@ def login_name() -> str:
 class Shape:
     """What a cluster consists of; ``cpus`` and ``gpus`` are per node, and the GPUs are not real."""
 
-    nodes: int = 2
+    nodes: int = 3
     cpus: int = 4
     gpus: int = 4
 

@@ -1,0 +1,137 @@
+"""Any experiment at a size that two CPU cores finish in seconds, to see that it starts, trains and resumes.
+
+What is kept is the method: task, model family, optimizer, preconditioner with its variant, schedule, loss and
+diagnostics. What shrinks is size: two epochs of a tiny data set of the true format, two ranks, narrow layers,
+small images, periods of two steps. Nothing can be learned from the numbers of such a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from hpcsngd.config.catalogue import DATASETS, TORCHVISION_PREFIX
+from hpcsngd.config.experiment import GGT, KFAC, MFAC, DampingSteps, Data, Experiment, HyLo, Muon
+from hpcsngd.config.resolve import Override, Resolved, amend
+
+ORIGIN = "--smoke"
+EPOCHS = 2
+RANKS = 2
+SAMPLES = {"train_limit": 48, "test_limit": 16}
+"""Of data sets that come with a package; those that are made for this are as small."""
+
+_BATCH = 8
+_PIXELS = 32
+_WIDTH = 4
+_PERIOD = 2
+_WINDOW = 4
+_LARGEST_FACTOR = 300
+_LR = 1e-3
+# torchvision's networks of bottlenecks; its others have no argument for their width
+_NARROWED = tuple(f"{TORCHVISION_PREFIX}resnet{depth}" for depth in (50, 101, 152))
+
+
+def scaled_down(resolved: Resolved, data_root: str) -> Resolved:
+    """Returns a configuration at its smallest size, under a name that tells it from the real one.
+
+    What was set on the command line stays as it was set.
+
+    Args:
+        resolved: the experiment on any site.
+        data_root: folder with the tiny data set.
+
+    Raises:
+        ConfigError: the command line's own settings do not fit the small size.
+    """
+    changes = [
+        change
+        for change in overrides(resolved.experiment, data_root)
+        if not resolved.origins.get(change.path, "").startswith("--")
+    ]
+    return replace(amend(resolved, changes), exp_name=f"{resolved.exp_name}-smoke")
+
+
+def overrides(experiment: Experiment, data_root: str) -> list[Override]:
+    """Returns what makes an experiment small; its site is left alone."""
+    settings = {
+        "epochs": EPOCHS,
+        "batch_size": _BATCH,
+        "eval_batch_size": _BATCH,
+        "accumulate": min(experiment.accumulate, 2),
+        "precision": "fp32",
+        "checkpoint.every_epochs": 1,
+        "checkpoint.every_steps": None,
+        "diagnostics.log_every": 1,
+        "resources.nodes": 1,
+        "resources.gpus_per_node": 0,
+        "resources.ranks_per_node": RANKS,
+        "resources.walltime": "30m",
+        **_model(experiment.model.name),
+        **dict(_data(experiment.data, data_root)),
+        **dict(_optimizer(experiment)),
+        **dict(_schedule(experiment)),
+        **dict(_preconditioner(experiment)),
+    }
+    return [Override(f"experiment.{path}", value, ORIGIN) for path, value in settings.items()]
+
+
+def _model(name: str) -> dict[str, Any]:
+    if not name.startswith(TORCHVISION_PREFIX):
+        return {} if name == "linear" else {"model.args.width": _WIDTH}
+    return {"model.args.width_per_group": _WIDTH} if name in _NARROWED else {}
+
+
+def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
+    facts = DATASETS[data.name]
+    yield "data.workers", 0
+    if not facts.needs_root:
+        yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
+        return
+    yield from {"data.root": root, "data.download": False, "data.stage": None}.items()
+    if facts.resizes:
+        yield "data.size", _PIXELS
+    if data.eval_size is not None:
+        yield "data.eval_size", _PIXELS
+    if data.resolution is not None:
+        growth = {"start": _PIXELS, "end": 2 * _PIXELS, "first_epoch": 0, "last_epoch": EPOCHS - 1}
+        yield from ((f"data.resolution.{key}", value) for key, value in growth.items())
+    if data.validation_patients is not None:
+        yield "data.validation_patients", 1
+
+
+def _optimizer(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    # batches this small would make the real rates diverge
+    yield "optimizer.lr", min(experiment.optimizer.lr, _LR)
+    if isinstance(experiment.optimizer, Muon):
+        yield "optimizer.adamw_lr", min(experiment.optimizer.adamw_lr, _LR)
+
+
+def _schedule(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    shrinks = EPOCHS / experiment.epochs
+    yield "schedule.warmup_epochs", experiment.schedule.warmup_epochs * shrinks
+    yield "schedule.milestones", [epoch * shrinks for epoch in experiment.schedule.milestones]
+
+
+def _preconditioner(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    method = experiment.preconditioner
+    for path, value in _small(method):
+        yield f"preconditioner.{path}", value
+    damping = getattr(method, "damping", None)
+    if isinstance(damping, DampingSteps):
+        shrunk = [epoch * EPOCHS / experiment.epochs for epoch in damping.milestones]
+        yield "preconditioner.damping.milestones", shrunk
+
+
+def _small(method: HyLo | KFAC | MFAC | GGT | None) -> Iterator[tuple[str, Any]]:
+    match method:
+        case HyLo():
+            yield "refresh_every", min(method.refresh_every, _PERIOD)
+            if method.switch is not None and method.switch.windows is not None:
+                yield "switch.windows", [[0, 1]]
+        case KFAC():
+            yield "factor_every", min(method.factor_every, 1)
+            yield "inverse_every", min(method.inverse_every, _PERIOD)
+            yield "largest_factor", min(method.largest_factor or _LARGEST_FACTOR, _LARGEST_FACTOR)
+        case MFAC() | GGT():
+            yield "num_grads", min(method.num_grads, _WINDOW)

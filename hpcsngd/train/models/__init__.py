@@ -1,0 +1,89 @@
+"""The networks, by the names that experiments use. Input size and classes come from the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from hpcsngd.config.catalogue import TORCHVISION_PREFIX
+from hpcsngd.errors import did_you_mean
+from hpcsngd.train.faults import SettingError
+from hpcsngd.train.models import resnet, vgg
+from hpcsngd.train.models.blurpool import add_blurpool
+from hpcsngd.train.models.densenet import densenet
+from hpcsngd.train.models.mobilenet import mobilenetv2
+from hpcsngd.train.models.small import cnn1, cnn2, conv3_linear, digits_cnn, lenet5, linear
+from hpcsngd.train.models.unet import unet
+from hpcsngd.train.models.zoo import from_torchvision
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "digits-cnn": digits_cnn,
+    "3c1f": conv3_linear,
+    "lenet5": lenet5,
+    "cnn1": cnn1,
+    "cnn2": cnn2,
+    "linear": linear,
+    "resnet20": resnet.resnet20,
+    "resnet32": resnet.resnet32,
+    "resnet44": resnet.resnet44,
+    "resnet56": resnet.resnet56,
+    "resnet110": resnet.resnet110,
+    "resnet18-cifar": resnet.resnet18_cifar,
+    "wrn28-10": resnet.wrn28_10,
+    "wrn28-20": resnet.wrn28_20,
+    "wrn22-2": resnet.wrn22_2,
+    "wrn22-4": resnet.wrn22_4,
+    "wrn40-2": resnet.wrn40_2,
+    "wrn40-4": resnet.wrn40_4,
+    "vgg16": vgg.vgg16,
+    "vgg19": vgg.vgg19,
+    "densenet": densenet,
+    "mobilenetv2": mobilenetv2,
+    "unet": unet,
+}
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    image_size: int,
+    *,
+    blurpool: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """Returns a network with freshly drawn weights (torch's global stream).
+
+    Args:
+        name: key of `MODELS`, or ``torchvision/<name>``.
+        num_classes: size of the output.
+        in_channels: channels of the images.
+        image_size: height and width of the images in pixels.
+        blurpool: whether strided convolutions see a blurred input.
+        arguments: the experiment's ``model.args``.
+
+    Raises:
+        SettingError: an unknown name, or arguments that the network does not take.
+    """
+    try:
+        model = _build(name, num_classes, in_channels, image_size, arguments)
+    except TypeError as error:
+        raise SettingError(f"model {name} with args {arguments}: {error}") from error
+    return add_blurpool(model) if blurpool else model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Returns the number of trainable numbers in a model."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _build(
+    name: str, num_classes: int, in_channels: int, image_size: int, arguments: dict[str, Any]
+) -> nn.Module:
+    if name.startswith(TORCHVISION_PREFIX):
+        return from_torchvision(name[len(TORCHVISION_PREFIX) :], num_classes, in_channels, arguments)
+    if name not in MODELS:
+        raise SettingError(f"unknown model {name!r}{did_you_mean(name, MODELS)} known: {', '.join(MODELS)}")
+    return MODELS[name](num_classes, in_channels, image_size, **arguments)

@@ -1,0 +1,1 @@
+"""Synchronous and asynchronous SGD with one server and any number of workers."""

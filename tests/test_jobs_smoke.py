@@ -1,0 +1,82 @@
+"""Every experiment in jobs/, scaled down: it starts, trains, checkpoints, resumes bit for bit and reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpcsngd import rundir
+from hpcsngd.config import matrix, resolve, smoke
+from hpcsngd.config.catalogue import DATASETS
+from hpcsngd.resources import named_files
+from hpcsngd.train import loop, tinydata
+from hpcsngd_analysis.report import write_report
+from tests.ranks import run_on_ranks
+from tests.train import runs
+
+#: Where a run is cut: in the middle of its second epoch of three steps.
+CUT = 5
+WORDS = {"description", "paper", "reference", "corrections", "published", "seed"}
+
+
+def all_cells() -> Iterator[tuple[str, resolve.Resolved]]:
+    """Yields the first cell of every file, and all other cells that differ from everything before."""
+    seen: set[str] = set()
+    for name in named_files("jobs"):
+        cells = matrix.resolve("local", name, environment={})
+        found = [cell.resolved for cell in cells.cells] if cells else [resolve.resolve("local", name)]
+        for index, resolved in enumerate(found):
+            small = smoke.scaled_down(resolved, "DATA")
+            key = small.experiment.model_dump_json(exclude=WORDS)
+            if index == 0 or key not in seen:
+                yield f"{name}-{index}" if index else name, resolved
+            seen.add(key)
+
+
+CELLS = dict(all_cells())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with every tiny data set in a folder of its own."""
+    root = tmp_path_factory.mktemp("data")
+    for name, facts in DATASETS.items():
+        if facts.needs_root:
+            (root / name).mkdir()
+            tinydata.write(name, root / name)
+    return root
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CELLS)
+def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_path: Path) -> None:
+    resolved = CELLS[name]
+    small = smoke.scaled_down(resolved, str(data / resolved.experiment.data.name))
+    record = {"config": small.to_record()}
+    whole, cut = (rundir.create(tmp_path / part, small.exp_name, record) for part in ("whole", "cut"))
+    run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path))
+    runs.assert_same_weights(whole, cut)
+    for table in ("train", "eval"):
+        assert runs.rows(whole, table) == runs.rows(cut, table), table
+    assert len(runs.rows(whole, "eval")) == small.experiment.epochs
+    page = write_report([whole.path, cut.path], tmp_path / "report.html").read_text()
+    assert small.exp_name in page
+
+
+def train_whole_and_cut(whole: str, cut: str) -> None:
+    """Trains one run to its end, the other with a stop and a resume between; on each rank."""
+    assert runs.train(rundir.open_run(Path(whole)))
+    sees = loop.Trainer._sees_stop_request
+    loop.Trainer._sees_stop_request = lambda self: self.progress.step + 1 == CUT  # type: ignore[method-assign]
+    assert not runs.train(rundir.open_run(Path(cut)))
+    loop.Trainer._sees_stop_request = sees  # type: ignore[method-assign]
+    assert runs.train(rundir.open_run(Path(cut)), attempt=2)
+
+
+def test_every_file_has_a_run() -> None:
+    assert {name for name in CELLS if name in named_files("jobs")} == set(named_files("jobs"))
+    assert len(json.dumps(list(CELLS))) > 0
