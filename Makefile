@@ -58,6 +58,7 @@ bench: venv ## benchmarks; ratios within one run, results in benchmarks/RESULTS.
 	$(BIN)/python -m benchmarks.hylo
 	$(BIN)/python -m benchmarks.kfac
 	$(BIN)/python -m benchmarks.mfac
+	$(BIN)/python -m benchmarks.report
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -89,7 +89,8 @@ def duration(seconds: float) -> str:
 def watch(runs: Sequence[RunDir], *, quiet: bool) -> list[RunState]:
     """Shows runs until all have ended; returns their last states.
 
-    The scheduler is asked once for all of them and as often as the slowest site allows.
+    The scheduler is asked once for all of them and as often as the slowest site allows. Runs whose job is
+    gone without a status count as ended once that has been seen `ENDED_POLLS` times, as for ``--wait``.
 
     Args:
         runs: the runs; at least one.
@@ -113,12 +114,16 @@ def watch(runs: Sequence[RunDir], *, quiet: bool) -> list[RunState]:
 
 
 def _look(runs: Sequence[RunDir], pause_s: float, show: Callable[[list[RunState]], None]) -> list[RunState]:
-    from hpcsngd.launch.status import states
+    from hpcsngd.launch import status
+    from hpcsngd.launch.submit import ENDED_POLLS
 
+    silent_looks = 0
     while True:
-        found = states(runs)
+        is_told = all(status.current(run) for run in runs)  # before the states, which must know of it
+        found = status.states(runs)
         show(found)
-        if all(state.has_ended for state in found):
+        silent_looks = silent_looks + 1 if all(state.has_ended for state in found) else 0
+        if silent_looks >= ENDED_POLLS or (silent_looks and is_told):
             return found
         time.sleep(pause_s)
 

@@ -17,6 +17,8 @@ Layout (every name is spelled here and nowhere else)::
       attempts/<n>/heartbeats/    one file per rank and agent, see `hpcsngd.lifeline`
       attempts/<n>/finished.yaml  the workers reached the end; written by rank 0
       attempts/<n>/faults/*.yaml  one file per process that failed
+      attempts/<n>/usage/agent<k>.yaml  time, memory and exit status of an agent's workers
+      attempts/<n>/accounting.yaml  the same of the whole job, by the scheduler's accounts
       attempts/<n>/logs/          node<k>.out, node<k>.err (and rank<r>.* where ranks are started singly)
       attempts/<n>/logs/torchrun/ what torchrun keeps of each of its ranks
       submit/                     submitit's own folder
@@ -351,6 +353,20 @@ class Attempt:
     def finished_yaml(self) -> Path:
         """Written by rank 0 when training reached its end."""
         return self.path / "finished.yaml"
+
+    def usage_yaml(self, agent: int) -> Path:
+        """Returns the file in which an agent says what its workers used."""
+        return self.path / "usage" / f"agent{agent}.yaml"
+
+    def usage_files(self) -> list[Path]:
+        """Returns the files of `usage_yaml` that exist, by the agents' numbers."""
+        files = (self.path / "usage").glob("agent*.yaml")
+        return sorted(files, key=lambda file: int(file.stem.removeprefix("agent")))
+
+    @property
+    def accounting_yaml(self) -> Path:
+        """What the scheduler's accounts say of the attempt, once it has ended."""
+        return self.path / "accounting.yaml"
 
     @property
     def logs(self) -> Path:

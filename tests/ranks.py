@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 
 from hpcsngd import dist
 
-# The fork server imports torch once; each rank is then forked from it within milliseconds.
+# The fork server imports once what ranks need; each is then forked from it within milliseconds.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "tests.ranks"])
+_CONTEXT.set_forkserver_preload(["torch", "tests.ranks", "tests.train.preloaded"])
 
 
 class RankError(AssertionError):

@@ -18,7 +18,7 @@ from benchmarks import fashion_mnist_numbers as numbers
 from hpcsngd import rundir
 from hpcsngd.resources import named_files
 from hpcsngd.rundir import RunDir, Status
-from hpcsngd.train import data
+from hpcsngd.train.data.idx import read_idx
 from tests.analysis.runs import make_run
 
 BENCHMARKS = Path(study.__file__).parent
@@ -174,10 +174,10 @@ def test_holding_out_splits_the_training_images(tmp_path: Path) -> None:
         file.write_bytes(gzip.compress(head + bytes(values.tolist())))
     study.hold_out(tmp_path, tmp_path / "new", 2)
     raw = tmp_path / "new" / "FashionMNIST" / "raw"
-    assert data.read_idx(raw / "train-labels-idx1-ubyte").tolist() == [0, 1, 2]
-    assert data.read_idx(raw / "t10k-labels-idx1-ubyte").tolist() == [3, 4]
-    assert torch.equal(data.read_idx(raw / "train-images-idx3-ubyte"), pixels[:12].reshape(3, 2, 2))
-    assert torch.equal(data.read_idx(raw / "t10k-images-idx3-ubyte"), pixels[12:].reshape(2, 2, 2))
+    assert read_idx(raw / "train-labels-idx1-ubyte").tolist() == [0, 1, 2]
+    assert read_idx(raw / "t10k-labels-idx1-ubyte").tolist() == [3, 4]
+    assert torch.equal(read_idx(raw / "train-images-idx3-ubyte"), pixels[:12].reshape(3, 2, 2))
+    assert torch.equal(read_idx(raw / "t10k-images-idx3-ubyte"), pixels[12:].reshape(2, 2, 2))
 
 
 def test_outcomes_of_runs(tmp_path: Path) -> None:

@@ -176,8 +176,21 @@ def test_refusals_write_nothing(tmp_path: Path, args: tuple[str, ...], code: int
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", list(named_files("jobs")))
-def test_every_shipped_experiment_trains_on_its_real_data(tmp_path: Path, name: str) -> None:
+def on_real_data() -> list[str]:
+    """Returns the experiments whose data a package brings and whose network two cores can train."""
+    found = {name: load_experiment(name) for name in named_files("jobs")}
+    is_small = {
+        name: each.data.name == "digits" or "width" in each.model.args for name, each in found.items()
+    }
+    return [
+        name
+        for name, each in found.items()
+        if is_small[name] and each.data.name in ("digits", "fashion-mnist")
+    ]
+
+
+@pytest.mark.parametrize("name", on_real_data())
+def test_small_experiments_train_on_their_real_data(tmp_path: Path, name: str) -> None:
     facts = DATASETS[load_experiment(name).data.name]
     if facts.needs_root and not any(Path(path).exists() for path in facts.system_paths):
         assert os.environ.get("CI") != "true", f"continuous integration must have the data: {facts.get}"
@@ -203,3 +216,21 @@ def wait_until(condition, timeout_s: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.1)
+
+
+def test_smoke_is_one_command_and_leaves_no_half_data(tmp_path: Path) -> None:
+    done = hpcsngd("submit", "--exp", "resnet32-kfac", "--smoke", "--wait", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["run"].startswith("resnet32-kfac-smoke-")
+    assert told["status"]["result"]["epochs"] == 2
+    assert Path(told["report"]).stat().st_size > 100_000
+    (version,) = (tmp_path / "runs" / "smoke-data").iterdir()
+    assert [folder.name for folder in version.iterdir()] == ["cifar10"]
+    # what was set stays, of a matrix the first cell is taken, and the data are there already
+    words = ("--exp", "study-profiling", "--smoke", "--set", "epochs=7", "--dry-run")
+    again = hpcsngd("submit", *words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "the first of 2 cells: preconditioner.method=kid" in again.stderr
+    assert "torch.distributed.run" in again.stdout
+    assert hpcsngd("status", cwd=tmp_path).stdout.count("resnet32-kfac-smoke") == 1

@@ -74,10 +74,26 @@ def test_watching_tells_changes_and_ends(
         dataclasses.replace(RUNNING, state="completed"),
     ]
     monkeypatch.setattr("hpcsngd.launch.status.states", lambda runs: [looks.pop(0)])
+    run.write_status(rundir.Status("completed", "", 1))
     found = progress.watch([run], quiet=False)
     assert [state.state for state in found] == ["completed"]
+    assert looks == []
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in lines] == [
         "running    a  epoch 2.5/10",
         "running    a  epoch 3.0/10",
     ]
+
+
+def test_watching_does_not_believe_the_first_word_of_a_lost_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is gone may have a status on its way, or another attempt."""
+    from hpcsngd import rundir
+
+    run = rundir.create(tmp_path, "x", {"config": {"site": {"scheduler": {"poll_s": 0.01}}}})
+    words = ["running", "lost", "pending", "lost", "lost", "lost"]
+    looks = [dataclasses.replace(RUNNING, state=word) for word in words]
+    monkeypatch.setattr("hpcsngd.launch.status.states", lambda runs: [looks.pop(0)])
+    [state] = progress.watch([run], quiet=True)
+    assert (state.state, looks) == ("lost", [])

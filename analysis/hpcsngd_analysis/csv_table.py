@@ -13,6 +13,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from hpcsngd.errors import RunDirError
@@ -109,10 +110,17 @@ def _parse(path: Path, table: Table, data: bytes) -> pd.DataFrame:
         raise RunDirError(f"{path}: {error}") from error
 
 
+def _is_rectangular(data: bytes, columns: int) -> bool:
+    """Returns whether every line has the same number of cells; pandas would fill up short ones."""
+    characters = np.frombuffer(data, dtype=np.uint8)
+    ends, commas = np.flatnonzero(characters == ord("\n")), np.flatnonzero(characters == ord(","))
+    expected = np.arange(1, len(ends) + 1) * (columns - 1)
+    return bool((np.searchsorted(commas, ends) == expected).all())
+
+
 def _fast(table: Table, data: bytes) -> pd.DataFrame | None:
     """Returns the rows by pandas' own parser, or None when the strict reader should look."""
-    commas = {line.count(b",") for line in data.splitlines()}
-    if commas != {len(table.columns) - 1} or b'"' in data:
+    if b'"' in data or not _is_rectangular(data, len(table.columns)):
         return None
     kinds = _reading_dtypes(table)
     # Only our writer's "nan" is NaN: an empty cell is damage, and the text "NA" may be a layer's name.

@@ -206,19 +206,22 @@ def _read_metrics(run: RunDir, wanted: Sequence[Table]) -> tuple[dict[str, pd.Da
 
 def _last_attempts(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """Returns the rows that count, ordered by step: for each key the one of the last attempt."""
-    if not len(frame) or (table.key == ("step",) and not table.per_rank and _is_in_order(frame)):
+    if not len(frame):
         return frame
     key = [*table.key, "rank"] if table.per_rank else list(table.key)
     if "attempt" not in frame:
         return frame.drop_duplicates(key, keep="last", ignore_index=True)
+    if _is_in_order(frame) and not frame.duplicated(key).any():
+        return frame
     by_attempt = frame.sort_values("attempt", kind="stable")
     kept = by_attempt.drop_duplicates(key, keep="last")
     return kept.sort_values("step", kind="stable", ignore_index=True)
 
 
 def _is_in_order(frame: pd.DataFrame) -> bool:
-    """Returns whether no step comes twice and all rows are in order; most runs are never interrupted."""
-    return bool((np.diff(frame["step"].to_numpy()) > 0).all())
+    """Returns whether there is one attempt and all its steps rise; most runs are never interrupted."""
+    numbers, steps = frame["attempt"].to_numpy(), frame["step"].to_numpy()
+    return bool((numbers == numbers[:1]).all() and (np.diff(steps) >= 0).all())
 
 
 def _not_finite(frames: Mapping[str, pd.DataFrame]) -> dict[str, NotFinite]:

@@ -65,18 +65,17 @@ def stragglers(profiling: pd.DataFrame) -> pd.DataFrame:
         of the steps in which this rank was the slowest) and ``is_straggler`` (ratio of at least `SLOW`, among
         at least two ranks).
     """
-    columns = ["run", "rank", "seconds", "ratio", "slowest", "is_straggler"]
     rows = profiling[profiling["phase"].isin(["data", "forward", "backward"])]
-    parts = []
-    for run, table in rows.groupby("run", sort=False):
-        steps = table.pivot_table(index="step", columns="rank", values="seconds", aggfunc="sum").dropna()
-        if not len(steps):
-            continue
-        median = steps.median()
-        ratio = median / median.median()
-        slowest = steps.idxmax(axis=1).value_counts(normalize=True).reindex(steps.columns, fill_value=0.0)
-        found = pd.DataFrame({"run": run, "rank": steps.columns, "seconds": median.to_numpy()})
-        found["ratio"], found["slowest"] = ratio.to_numpy(), slowest.to_numpy()
-        found["is_straggler"] = (found["ratio"] >= SLOW) & (len(median) > 1)
-        parts.append(found)
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    worked = rows.groupby(["run", "step", "rank"], sort=False, as_index=False)["seconds"].sum()
+    ranks = worked.groupby("run")["rank"].transform("nunique")
+    is_whole = worked.groupby(["run", "step"])["rank"].transform("size") == ranks
+    steps = worked[is_whole].sort_values(["run", "rank"], kind="stable")
+    slowest = steps.loc[steps.groupby(["run", "step"], sort=False)["seconds"].idxmax()]
+    wins = slowest.groupby(["run", "rank"]).size().rename("slowest")
+    found = steps.groupby(["run", "rank"], sort=False)["seconds"].agg(["median", "size"]).join(wins)
+    middle = found.groupby(level="run")["median"].transform("median")
+    is_many = found.groupby(level="run")["median"].transform("size") > 1
+    found["seconds"], found["ratio"] = found["median"], found["median"] / middle
+    found["slowest"] = found["slowest"].fillna(0.0) / found["size"]
+    found["is_straggler"] = (found["ratio"] >= SLOW) & is_many
+    return found.reset_index()[["run", "rank", "seconds", "ratio", "slowest", "is_straggler"]]

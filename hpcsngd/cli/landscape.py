@@ -76,7 +76,6 @@ def landscape(*, runs: tuple[Path, ...], ranks: int, device: str, **settings: An
     """
     if ranks > 1 and "RANK" not in os.environ:
         sys.exit(_on_ranks(ranks))
-    from hpcsngd import handover
     from hpcsngd.errors import ConfigError
     from hpcsngd.rundir import open_run
 
@@ -88,8 +87,7 @@ def landscape(*, runs: tuple[Path, ...], ranks: int, device: str, **settings: An
         raise ConfigError(
             f"landscapes need the extra 'train': pip install 'hpcsngd[train]' ({error})"
         ) from error
-    os.environ.setdefault(handover.DEVICE, device)
-    chosen = devices.choose_device()
+    chosen = devices.choose_device(device)
     devices.join_ranks(chosen)
     made = Landscape([open_run(path) for path in runs], Settings(**settings), chosen)
     made.evaluate(_Lines())

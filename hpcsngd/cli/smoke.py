@@ -23,8 +23,11 @@ FOLDER = "smoke-data"
 def choose(**choice: Any) -> Resolved:
     """Returns what the options of `configuration` ask for, scaled down; of a matrix, its first cell.
 
+    Writes the tiny data set that it needs, unless it is there.
+
     Raises:
         ConfigError: everything that is wrong with it, at once.
+        OSError: the data cannot be written.
     """
     choice["site"] = choice["site"] or SITE
     if matrix := resolve_matrix(**choice):
@@ -32,17 +35,18 @@ def choose(**choice: Any) -> Resolved:
         resolved = matrix.cells[0].resolved
     else:
         resolved = resolve_choice(**choice)
+    write_data(resolved)
     return smoke.scaled_down(resolved, str(data_root(resolved)))
 
 
 def data_root(resolved: Resolved) -> Path:
-    """Returns the folder of an experiment's tiny data set."""
+    """Returns the folder of an experiment's tiny data set, which `write_data` fills."""
     run_root = Path(resolved.site.run_root).expanduser().absolute()
     return run_root / FOLDER / __version__ / resolved.experiment.data.name
 
 
 def write_data(resolved: Resolved) -> None:
-    """Writes the tiny data set of a configuration of `choose`, once for all runs; never half of it.
+    """Writes the tiny data set that an experiment needs, all of it or nothing, once for all runs.
 
     Raises:
         OSError: it cannot be written.
@@ -59,6 +63,6 @@ def write_data(resolved: Resolved) -> None:
         making.rename(folder)
     except BaseException as error:
         shutil.rmtree(making)
-        # somebody else was faster: a folder with files is in the way
+        # where another process was faster, its folder is in the way
         if not (isinstance(error, OSError) and folder.exists()):
             raise

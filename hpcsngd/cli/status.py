@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -60,8 +60,10 @@ def _print_overview(
     if watch and watched:
         progress.watch(watched, quiet=as_json)
     found, tallies = sweep_status.overview(runs, sweeps)
+    used = _usage(runs[0], found[0]) if len(found) == 1 and not tallies else []
     if as_json:
-        print_json([*(state.to_json() for state in found), *(tally.to_json() for tally in tallies)])
+        extra = {"usage": used} if used else {}
+        print_json([*(state.to_json() | extra for state in found), *(tally.to_json() for tally in tallies)])
         return
     if not (watch and progress.is_terminal()):
         for state in found:
@@ -69,7 +71,16 @@ def _print_overview(
     for tally in tallies:
         click.echo(tally.line())
     if len(found) == 1 and not tallies:
-        _explain(found[0])
+        _explain(found[0], used)
+
+
+def _usage(run: RunDir, state: RunState) -> list[dict[str, Any]]:
+    """Returns what each attempt has used, with the scheduler's accounts of a run that has ended."""
+    from hpcsngd.launch import usage
+
+    if state.has_ended:
+        usage.settle(run)
+    return usage.summary(run)
 
 
 def _print_sweeps(sweeps: Sequence[SweepDir], *, failed: bool, watch: bool, as_json: bool) -> None:
@@ -87,12 +98,15 @@ def _print_sweeps(sweeps: Sequence[SweepDir], *, failed: bool, watch: bool, as_j
             click.echo(shown.text())
 
 
-def _explain(state: RunState) -> None:
-    """Prints what a person wants next: when it starts, or why it ended and where the logs are."""
+def _explain(state: RunState, used: Sequence[Mapping[str, Any]]) -> None:
+    """Prints what a person wants next: when it starts, what it used, why it ended and where the logs are."""
     from hpcsngd.cli.output import shown
+    from hpcsngd.launch import usage
 
     if state.start_estimate:
         click.echo(f"  expected to start: {state.start_estimate}")
+    for each in used:
+        click.echo(f"  {usage.line(each)}")
     if state.fault and state.fault.get("evidence"):
         click.echo("  evidence:")
         for text in state.fault["evidence"]:

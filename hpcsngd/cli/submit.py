@@ -41,7 +41,7 @@ def submit(
     soon as the scheduler has the job. An experiment with a matrix, or --matrix, makes a sweep: one run
     directory for each combination and one job array; given again, it submits those that have not completed.
     --smoke shows within a minute that an experiment starts, trains and writes its checkpoints: it makes tiny
-    data in the true format and takes the first cell of a matrix.
+    data in the true format, below the run root, and takes the first cell of a matrix.
     """
     from hpcsngd import rundir
     from hpcsngd.cli import smoke as smallest
@@ -69,8 +69,6 @@ def submit(
 
         click.echo(render(resolved, directives=waiting))
         return
-    if smoke:
-        smallest.write_data(resolved)
     from hpcsngd.launch.submit import submit as send
 
     submitted = send(resolved, argv=sys.argv[1:], directives=waiting, after=runs, probe=probe)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,7 @@ class DatasetFacts:
         needs_root: whether files must exist below the data root.
         probes: files or folders below the data root; any of them present means that the data are there.
         folders: where the data may lie below the data root, as ``stage`` copies them; the first that exists.
+        files: what must be in the folder, files or folders; ``a|b`` where either name will do.
         system_paths: absolute places where a package manager puts the data.
         get: how a person gets the data.
         task: what can be learned from it.
@@ -58,11 +60,26 @@ class DatasetFacts:
     needs_root: bool = False
     probes: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     system_paths: tuple[str, ...] = ()
     get: str = ""
     task: Literal["classification", "segmentation"] = "classification"
     evaluated: Literal["test", "validation"] = "test"
     resizes: bool = False
+
+    def absent(self, exists: Callable[[str], bool]) -> list[str]:
+        """Returns which of `files` are missing from a folder.
+
+        Args:
+            exists: whether the folder has a file or folder of that name.
+        """
+        choices = (name.split("|") for name in self.files)
+        return [names[0] for names in choices if not any(map(exists, names))]
+
+
+_IDX_FILES = tuple(
+    f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
 
 
 def _idx(name: str, folder: str, torchvision: str, description: str, get: str) -> DatasetFacts:
@@ -77,18 +94,20 @@ def _idx(name: str, folder: str, torchvision: str, description: str, get: str) -
             for suffix in ("", ".gz")
         ),
         folders=folders,
+        files=tuple(f"{name}|{name}.gz" for name in _IDX_FILES),
         system_paths=(f"/usr/share/datasets/{name}/train-images-idx3-ubyte.gz",),
         get=f"{get}, put the four idx files under <data root>/{torchvision}/raw, "
         "or set data.download=true where the node has internet access",
     )
 
 
-def _cifar(classes: int, folder: str) -> DatasetFacts:
+def _cifar(classes: int, folder: str, files: tuple[str, ...]) -> DatasetFacts:
     return DatasetFacts(
         f"50,000 + 10,000 colored 32x32 images of {classes} classes",
         needs_root=True,
         probes=(folder,),
         folders=(folder,),
+        files=files,
         get=f"unpack {folder.replace('-batches-py', '-python')}.tar.gz below the data root, which makes "
         f"<data root>/{folder}, or set data.download=true where the node has internet access",
     )
@@ -99,8 +118,9 @@ def _small_imagenet(size: int) -> DatasetFacts:
     return DatasetFacts(
         f"ImageNet's 1,281,167 + 50,000 images, down-sampled to {size}x{size}",
         needs_root=True,
-        probes=(f"{folder}/val_data",),
+        probes=(f"{folder}/train_data_batch_1", f"{folder}/val_data", "train_data_batch_1"),
         folders=(folder,),
+        files=(*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"),
         get=f"unpack image-net.org's Imagenet{size}_train.zip and Imagenet{size}_val.zip (for Python) "
         f"into <data root>/{folder}: train_data_batch_1 to _10 and val_data",
         evaluated="validation",
@@ -119,13 +139,16 @@ DATASETS: dict[str, DatasetFacts] = {
         "60,000 + 10,000 images of clothing, 28x28",
         "install Debian's package dataset-fashion-mnist",
     ),
-    "cifar10": _cifar(10, "cifar-10-batches-py"),
-    "cifar100": _cifar(100, "cifar-100-python"),
+    "cifar10": _cifar(
+        10, "cifar-10-batches-py", (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+    ),
+    "cifar100": _cifar(100, "cifar-100-python", ("train", "test")),
     "imagenet": DatasetFacts(
         "ImageNet-1k, or any images in one folder per class",
         needs_root=True,
         probes=("imagenet/train", "train"),
         folders=("imagenet",),
+        files=("train", "val|validation"),
         get="put the images into <data root>/imagenet/train/<class>/ and <data root>/imagenet/val/<class>/ "
         "(or validation/<class>/), with the same classes in both",
         evaluated="validation",
@@ -149,6 +172,7 @@ DATASETS: dict[str, DatasetFacts] = {
         needs_root=True,
         probes=("features/features_train.pt", "features_train.pt"),
         folders=("features",),
+        files=("features_train.pt", "targets_train.pt", "features_val.pt", "targets_val.pt"),
         get="save tensors as <data root>/features/features_train.pt, targets_train.pt, features_val.pt and "
         "targets_val.pt (float (n, d) and int64 (n,))",
         evaluated="validation",

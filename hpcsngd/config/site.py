@@ -200,6 +200,8 @@ class Site(Strict):
     """The image that workers run in; default: none."""
     data_root: Text | None = None
     """Folder that holds the data sets."""
+    data_root_on: Literal["all", "nodes"] = "all"
+    """Where the data root is seen; nodes: on compute nodes alone, so a submission cannot look into it."""
     run_root: str = "runs"
     """Folder in which run directories are made; relative to where submit is called."""
     limits: list[Limit] = Field(default_factory=list)

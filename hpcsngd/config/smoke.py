@@ -18,8 +18,8 @@ from hpcsngd.config.resolve import Override, Resolved, amend
 ORIGIN = "--smoke"
 EPOCHS = 2
 RANKS = 2
-SAMPLES = {"train_limit": 48, "test_limit": 16}
-"""Of data sets that come with a package; those that are made for this are as small."""
+SAMPLES = {"train_limit": 32, "test_limit": 16}
+"""Two steps of the two ranks, and one evaluation."""
 
 _BATCH = 8
 _PIXELS = 32
@@ -35,7 +35,7 @@ _NARROWED = tuple(f"{TORCHVISION_PREFIX}resnet{depth}" for depth in (50, 101, 15
 def scaled_down(resolved: Resolved, data_root: str) -> Resolved:
     """Returns a configuration at its smallest size, under a name that tells it from the real one.
 
-    What was set on the command line stays as it was set.
+    What was set on the command line stays as it was set; expressions follow the ranks that there are now.
 
     Args:
         resolved: the experiment on any site.
@@ -49,7 +49,7 @@ def scaled_down(resolved: Resolved, data_root: str) -> Resolved:
         for change in overrides(resolved.experiment, data_root)
         if not resolved.origins.get(change.path, "").startswith("--")
     ]
-    return replace(amend(resolved, changes), exp_name=f"{resolved.exp_name}-smoke")
+    return replace(amend(resolved, changes, anew=True), exp_name=f"{resolved.exp_name}-smoke")
 
 
 def overrides(experiment: Experiment, data_root: str) -> list[Override]:
@@ -85,8 +85,8 @@ def _model(name: str) -> dict[str, Any]:
 def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
     facts = DATASETS[data.name]
     yield "data.workers", 0
+    yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
     if not facts.needs_root:
-        yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
         return
     yield from {"data.root": root, "data.download": False, "data.stage": None}.items()
     if facts.resizes:

@@ -32,6 +32,7 @@ from hpcsngd.launch import (
     requeue,
     schedulers,
     turn,
+    usage,
     verdict,
     watch,
 )
@@ -104,6 +105,7 @@ class NodeAgent:
                 raise
             finally:
                 processes.kill_descendants()
+            usage.write_own(context, ended.exit_status)
             outcome.conclude(context, ended, stop)
 
 

@@ -39,8 +39,9 @@ class Context:
         self, run: RunDir, plan: Plan, place: Place, attempt: Attempt, left_s: float | None = None
     ) -> None:
         self.run, self.plan, self.place, self.attempt = run, plan, place, attempt
+        self.began = time.monotonic()
         total_s = plan.walltime_min * 60.0
-        ends_at = time.monotonic() + (total_s if left_s is None else left_s)
+        ends_at = self.began + (total_s if left_s is None else left_s)
         self.walltime = WallTime(ends_at, total_s, plan.stop_margin_s)
         self.first_checkpoint = run.newest_checkpoint()
         self._signs = 0

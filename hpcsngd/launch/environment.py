@@ -110,7 +110,7 @@ def rank_environment(
     if plan.gpu_visibility == "one":
         own = own_device(result, local_rank) | {DEVICE: "cuda:0"}
     # the site has the last word
-    return result | own | plan.env
+    return result | own | {name: plan.env[name] for name in own if name in plan.env}
 
 
 def own_device(environment: Mapping[str, str], local_rank: int) -> dict[str, str]:

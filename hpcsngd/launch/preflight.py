@@ -8,18 +8,22 @@ refuses nothing.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpcsngd.config.catalogue import DATASETS
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import PreflightError
 from hpcsngd.launch import limits, partitions, plan, refusals, secrets
 from hpcsngd.launch.lsf import queues
 from hpcsngd.launch.plan import Host, Plan
 from hpcsngd.launch.probe import probe as try_python
+
+log = logging.getLogger(__name__)
 
 MIN_FREE_MB = 256
 """Less room than this does not hold the checkpoints and logs of a small run."""
@@ -58,10 +62,25 @@ def check(
     ]
     if problems:
         raise PreflightError("\n".join(problems))
+    _say_what_is_not_seen(resolved)
     made = plan.make(resolved, worker=worker, host=host)
     if probe:
         try_python(made, _nearest(run_root))
     return made
+
+
+def _say_what_is_not_seen(resolved: Resolved) -> None:
+    """Warns that the data set was not looked for, where the site says that only nodes see it."""
+    data = resolved.experiment.data
+    root = data.root or resolved.site.data_root
+    if root and DATASETS[data.name].needs_root and refusals.is_data_unseen(resolved):
+        log.warning(
+            "data set %s below %s was not looked for: site %s has data_root_on: nodes. "
+            "If it is missing there, the run fails at its start",
+            data.name,
+            root,
+            resolved.site_name,
+        )
 
 
 def folder_problems(run_root: Path) -> Iterator[str]:
@@ -112,6 +131,9 @@ def _data_problems(resolved: Resolved) -> Iterator[str]:
     if root is None:
         return
     folder = Path(root).expanduser()
+    # what stands here under this name is not what the nodes have
+    if refusals.is_data_unseen(resolved):
+        return
     if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
         yield f"data root {root}: no permission to read it"
 

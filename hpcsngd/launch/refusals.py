@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcsngd import resources
-from hpcsngd.config.catalogue import DATASETS
+from hpcsngd.config.catalogue import DATASETS, DatasetFacts
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.config.site import Container
 from hpcsngd.launch import container, limits
@@ -203,17 +203,43 @@ def _image(resolved: Resolved, wanted: Container, host: Host) -> Iterator[str]:
         )
 
 
+def is_data_unseen(resolved: Resolved) -> bool:
+    """Returns whether the data set is on compute nodes alone: nothing can be said of it from here."""
+    site = resolved.site
+    return site.data_root_on == "nodes" and site.scheduler.kind != "local"
+
+
 def _data(resolved: Resolved, host: Host) -> Iterator[str]:
     data = resolved.experiment.data
     facts = DATASETS[data.name]
     if not facts.needs_root or data.download or any(host.exists(path) for path in facts.system_paths):
         return
     root = data.root or resolved.site.data_root
+    if root and is_data_unseen(resolved):
+        return
     if root is None:
         # a cluster's nodes may have the system package that this machine lacks
         if resolved.site.scheduler.kind == "local":
             yield f"data set {data.name} is not on this machine and no data root is set: {facts.get}"
         return
-    if not any(host.exists(f"{root}/{probe}") for probe in facts.probes):
-        key = "experiment.data.root" if data.root else "site.data_root"
-        yield f"data set {data.name} is not below {root} ({key}, {_origin(resolved, key)}): {facts.get}"
+    key = "experiment.data.root" if data.root else "site.data_root"
+    where = f"({key}, {_origin(resolved, key)})"
+    if data.stage is not None and data.stage.archive is not None:
+        if not host.exists(f"{root}/{data.stage.archive}"):
+            yield f"experiment data.stage.archive: no {data.stage.archive} below {root} {where}"
+    elif not any(host.exists(f"{root}/{probe}") for probe in facts.probes):
+        yield f"data set {data.name} is not below {root} {where}: {facts.get}"
+    elif missing := _partial(facts, root, host):
+        yield f"data set {data.name}: {missing} {where}"
+
+
+def _partial(facts: DatasetFacts, root: str, host: Host) -> str:
+    """Returns what the data set's folder lacks; empty where some folder has everything."""
+    lacking = {
+        place: facts.absent(lambda name, place=place: host.exists(f"{place}/{name}"))  # type: ignore[misc]
+        for place in (*(f"{root}/{folder}" for folder in facts.folders), root)
+    }
+    if not all(lacking.values()):
+        return ""
+    place, names = min(lacking.items(), key=lambda each: len(each[1]))
+    return f"{place} lacks {', '.join(names)}"

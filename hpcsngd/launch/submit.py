@@ -18,12 +18,16 @@ from typing import Any
 from hpcsngd import rundir
 from hpcsngd.config.resolve import Resolved
 from hpcsngd.errors import SchedulerError
-from hpcsngd.launch import plan, preflight, provenance, schedulers, sending, status
+from hpcsngd.launch import plan, preflight, provenance, schedulers, sending, status, usage
 from hpcsngd.launch.plan import Directive, Plan
 from hpcsngd.rundir import Fault, RunDir, Status
 
 ENDED_POLLS = 3
 """A job must be gone in so many polls before its silence counts: its status may be on its way to us."""
+
+
+FILES_POLL_S = 2.0
+"""Files may be asked more often than the scheduler."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,19 @@ def wait(
         state = status.states([run])[0]
         if on_update:
             on_update(state)
-        if found := status.current(run):
-            return found
         silent_polls = silent_polls + 1 if state.has_ended else 0
-        if silent_polls >= ENDED_POLLS:
-            return _write_ending(run, state)
-        time.sleep(pause_s)
+        found = status.current(run)
+        if found or silent_polls >= ENDED_POLLS:
+            usage.settle(run)
+            return found or _write_ending(run, state)
+        _pause(run, pause_s)
+
+
+def _pause(run: RunDir, pause_s: float) -> None:
+    """Waits before the next question to the scheduler, or until the run's own status is there."""
+    end = time.monotonic() + pause_s
+    while (left_s := end - time.monotonic()) > 0 and not status.current(run):
+        time.sleep(min(FILES_POLL_S, left_s))
 
 
 def _write_ending(run: RunDir, state: status.RunState) -> Status:

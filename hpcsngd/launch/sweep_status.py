@@ -128,13 +128,14 @@ def wait(
     silent_polls = 0
     before: tuple[str, ...] = ()
     while True:
+        # before the look: a status that comes in between would vouch for a state that knew nothing of it
+        is_told = all(status.current(cell.run) for cell in sweep.cells())
         state = look(sweep)
         now = tuple(each.state for _, each in state.cells)
         if on_change and now != before:
             on_change(state)
         before = now
         silent_polls = silent_polls + 1 if state.has_ended else 0
-        is_told = all(status.current(cell.run) for cell, _ in state.cells)
         if silent_polls >= ENDED_POLLS or (state.has_ended and is_told):
             return state
         time.sleep(poll_s)

@@ -51,12 +51,15 @@ def has_come(context: Context) -> bool:
 
 def _settled(runs: Sequence[RunDir]) -> list[RunState]:
     """Returns where runs stand, with patience for the status of those whose job is gone."""
-    found = status.states(runs)
-    for _ in range(LOOKS - 1):
-        if all(status.current(run) for run, state in zip(runs, found, strict=True) if state.has_ended):
-            break
-        time.sleep(PAUSE_S)
+    found: list[RunState] = []
+    for look in range(LOOKS):
+        if look:
+            time.sleep(PAUSE_S)
+        # before the states: a status that comes in between would vouch for a state that knew nothing of it
+        told = [status.current(run) for run in runs]
         found = status.states(runs)
+        if all(word for word, state in zip(told, found, strict=True) if state.has_ended):
+            break
     return found
 
 

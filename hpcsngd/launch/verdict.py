@@ -71,6 +71,9 @@ _ECHOES: tuple[tuple[str, str], ...] = (
     ("rendezvous", r"EADDRINUSE|[Aa]ddress already in use"),
     ("rendezvous", r"\bDist(?:Network|Store)Error\b|Rendezvous(?:Connection|Timeout)Error"),
     ("rendezvous", r"client socket has (?:timed out|failed)|Gloo connectFullMesh failed"),
+    # the end of a rank elsewhere, or no way to it
+    ("rendezvous", r"NCCL WARN .*(?:Connection (?:refused|closed|reset)|no socket interface found)"),
+    ("rendezvous", r"\bnccl(?:Remote|System)Error: "),
     ("rendezvous", r"Unable to find address for|No route to host"),
     ("rendezvous", r"Name or service not known|Temporary failure in name resolution"),
     ("hang", r"Timed out waiting \d+ms for (?:recv|send) operation to complete"),
@@ -80,6 +83,7 @@ _ECHOES: tuple[tuple[str, str], ...] = (
 )
 # how slurmstepd dates and places what it did
 _EVENT = re.compile(r" ON (?P<host>\S+) CANCELLED AT (?P<time>[\dT:-]+)")
+_LOST = re.compile(r"Node failure on (?P<host>\S+)")
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,12 @@ def _recognize(plain: Sequence[str]) -> Verdict | None:
     for causes in (_CAUSES, _ECHOES):
         if (found := _first(plain, causes)) is not None:
             kind, index = found
-            event = _EVENT.search(plain[index])
+            event, lost = _EVENT.search(plain[index]), _LOST.search(plain[index])
             return Verdict(
                 kind,
                 _message(plain[index]),
                 list(plain[max(0, index - 2) : index + 3]),
-                host=event["host"] if event else "",
+                host=event["host"] if event else lost["host"] if lost else "",
                 utc=utc(event["time"]) if event else "",
             )
     return None

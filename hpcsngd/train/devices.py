@@ -12,13 +12,16 @@ from hpcsngd.train.faults import RendezvousError, SettingError
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device() -> torch.device:
+def choose_device(asked: str = "cpu") -> torch.device:
     """Returns this rank's device.
+
+    Args:
+        asked: ``cpu`` or ``cuda``, where the environment does not say.
 
     Raises:
         SettingError: a GPU was asked for and torch sees none, or too few.
     """
-    name = os.environ.get(handover.DEVICE, "cpu")
+    name = os.environ.get(handover.DEVICE, asked)
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     device = torch.device(name)

@@ -49,7 +49,9 @@ class Standin(Machine):
         address: str | None = "10.0.0.7",
         free_gb: float = 100.0,
         is_writable: bool = True,
+        amd_gpus: Sequence[dict[str, str]] = (),
     ) -> None:
+        self._amd_gpus = amd_gpus
         self._answers = dict(answers or {})
         self._worker = json.dumps(worker)
         self._paths, self._interfaces, self._address = paths, interfaces, address
@@ -74,6 +76,9 @@ class Standin(Machine):
 
     def interfaces(self) -> dict[str, bool]:
         return dict.fromkeys(self._interfaces, True)
+
+    def amd_gpus(self) -> list[dict[str, str]]:
+        return list(self._amd_gpus)
 
     def own_address(self) -> str | None:
         return self._address
@@ -216,6 +221,9 @@ def test_gpus() -> None:
     two = Output(0, "NVIDIA H100, 550.54\nNVIDIA H100, 550.54\n")
     site = {"description": "d", "scheduler": {"kind": "local"}, "gpus_per_node": 2}
     assert findings(Standin({"nvidia-smi": two}), site)["gpus"].text == "2 x NVIDIA H100, driver 550.54"
+    amd = [{"name": "AMD INSTINCT MI250X", "mem_mib": "65536", "driver": "6.7.0"}] * 2
+    shown = findings(Standin(amd_gpus=amd), site)["gpus"].text
+    assert shown == "2 x AMD INSTINCT MI250X, driver 6.7.0"
     few = findings(Standin(), site)["gpus"]
     assert (few.verdict, few.text) == ("broken", "0 here, the site says 2")
 

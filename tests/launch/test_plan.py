@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import directives, plan
+from hpcsngd.launch import directives, plan, preflight
 from hpcsngd.launch.plan import Host, Plan
 
 from .conftest import Configure
@@ -174,6 +174,62 @@ def test_missing_data_are_refused_with_the_way_to_get_them(configure: Configure,
     assert (
         plan.make(configure(changed(data_root="/data"), data__name="fashion-mnist"), host=present).nodes == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "lacking"),
+    [
+        (
+            "cifar10",
+            ("cifar-10-batches-py", "cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"),
+            "/data/cifar-10-batches-py lacks data_batch_2, data_batch_3, data_batch_4, data_batch_5 (",
+        ),
+        ("imagenet", ("imagenet/train",), "/data/imagenet lacks val ("),
+        ("imagenet", ("imagenet/train", "imagenet/validation"), ""),
+        (
+            "features",
+            ("features_train.pt", "targets_train.pt", "features_val.pt"),
+            "/data lacks targets_val.pt (",
+        ),
+    ],
+)
+def test_data_of_which_a_part_is_missing_are_refused_by_its_name(
+    configure: Configure, host: Host, name: str, found: tuple[str, ...], lacking: str
+) -> None:
+    some = dataclasses.replace(host, exists=lambda path: path in {f"/data/{each}" for each in found})
+    if lacking:
+        text = refusal(configure, some, changed(data_root="/data"), data__name=name)
+        assert f"data set {name}: {lacking}site.data_root" in text
+    else:
+        assert plan.make(configure(changed(data_root="/data"), data__name=name), host=some).nodes == 1
+
+
+def test_an_archive_to_unpack_on_the_nodes_is_all_that_must_be_there(
+    configure: Configure, host: Host
+) -> None:
+    stage = {"to": "$TMPDIR/data", "archive": "imagenet.tar"}
+    asked = {"data__name": "imagenet", "data__stage": stage}
+    packed = dataclasses.replace(host, exists=lambda path: path == "/data/imagenet.tar")
+    assert plan.make(configure(changed(data_root="/data"), **asked), host=packed).nodes == 1
+    bare = dataclasses.replace(host, exists=lambda path: False)
+    text = refusal(configure, bare, changed(data_root="/data"), **asked)
+    assert "data.stage.archive: no imagenet.tar below /data (site.data_root" in text
+
+
+def test_data_that_only_nodes_see_are_not_looked_for(
+    configure: Configure, host: Host, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = dataclasses.replace(host, exists=lambda path: False)
+    site = changed(data_root="/data", data_root_on="nodes")
+    resolved = configure(site, data__name="fashion-mnist")
+    with caplog.at_level("WARNING"):
+        assert preflight.check(resolved, run_root=tmp_path, host=bare).nodes == 1
+    assert "data set fashion-mnist below /data was not looked for" in caplog.text
+    assert "site testsite has data_root_on: nodes" in caplog.text
+    # a local site's node is this machine
+    here = {"description": "d", "scheduler": {"kind": "local"}, "data_root": "/data", "data_root_on": "nodes"}
+    text = refusal(configure, bare, here, data__name="fashion-mnist")
+    assert "data set fashion-mnist is not below /data" in text
 
 
 def test_this_machine_describes_itself(tmp_path: Path) -> None:

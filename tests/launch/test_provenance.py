@@ -63,6 +63,32 @@ def test_hardware_as_programs_print_it() -> None:
     assert hardware.gpus("No devices were found\n") == []
 
 
+def test_amds_gpus_as_the_kernel_shows_them(tmp_path: Path) -> None:
+    """Frontier-like cards, a card without a stored name, and what is no GPU of AMD's."""
+    files = {
+        "card1": {"vendor": "0x1002", "device": "0x7408", "mem_info_vram_total": str(64 * 2**30)}
+        | {"product_name": "AMD INSTINCT MI250X"},
+        "card10": {"vendor": "0x1002", "device": "0x73bf", "mem_info_vram_total": str(16 * 2**30)},
+        "card0": {"vendor": "0x1a03", "device": "0x2000"},
+        "card1-DP-1": {"vendor": "0x1002", "mem_info_vram_total": "1"},
+    }
+    for card, facts in files.items():
+        folder = tmp_path / "class" / "drm" / card / "device"
+        folder.mkdir(parents=True)
+        for name, text in facts.items():
+            (folder / name).write_text(f"{text}\n")
+    version = tmp_path / "module" / "amdgpu" / "version"
+    version.parent.mkdir(parents=True)
+    version.write_text("6.7.0\n")
+    assert hardware.amd_gpus(tmp_path) == [
+        {"name": "AMD INSTINCT MI250X", "mem_mib": "65536", "driver": "6.7.0"},
+        {"name": "AMD GPU 0x73bf", "mem_mib": "16384", "driver": "6.7.0"},
+    ]
+    version.unlink()
+    assert hardware.amd_gpus(tmp_path)[0]["driver"].startswith("Linux ")
+    assert hardware.amd_gpus(tmp_path / "none") == []
+
+
 def test_slurms_record_of_a_job_holds_no_paths() -> None:
     found = slurm.parse_record((RECORDED / "job.txt").read_text())
     assert (found["JobId"], found["Partition"], found["NumNodes"]) == ("12722361", "debug", "2")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from hpcsngd import rundir
-from hpcsngd.launch import submit, turn
+from hpcsngd.launch import status, submit, turn
 from hpcsngd.launch.context import AgentFaultError, Context
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.plan import Plan
@@ -89,7 +90,14 @@ def test_a_job_that_is_gone_is_looked_at_again(
     context: Context, first: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other's status reaches this node late."""
-    monkeypatch.setattr(turn.time, "sleep", lambda _: first.write_status(Status("completed", "", 1)))
+    looks = status.states
+
+    def late(runs: Sequence[RunDir]) -> list[status.RunState]:
+        found = looks(runs)
+        first.write_status(Status("completed", "", 1))
+        return found
+
+    monkeypatch.setattr(status, "states", late)
     assert turn.has_come(context)
 
 

@@ -1,4 +1,4 @@
-"""Causes of failures, from logs recorded with torch 2.13 (tests/data/logs) and from single lines."""
+"""Causes of failures, from logs (tests/data/logs; its README says how they came about) and single lines."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ LOGS = Path(__file__).parents[1] / "data" / "logs"
         ("anomaly", 1, "nan", "Function 'SqrtBackward0' returned nan values in its 0th output"),
         ("torchvision", 1, "import_error", "operator torchvision::nms does not exist"),
         ("waited", 1, "hang", "Timed out waiting 4000ms for recv operation to complete"),
+        ("cuda-oom", 1, "out_of_memory", "CUDA out of memory. Tried to allocate 784.00 MiB. GPU 1 has"),
+        (
+            "nccl-timeout",
+            1,
+            "hang",
+            "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580",
+        ),
+        ("nccl-remote", 1, "rendezvous", "Connection closed by remote peer node18.cluster"),
+        ("glibc", 1, "architecture", "libm.so.6: version `GLIBC_2.38' not found (required by /opt/venv"),
+        ("slurm-walltime", 1, "walltime", "JOB 12838068 ON hpcsngd-1 CANCELLED AT"),
+        ("slurm-lostnode", 1, "node_failure", "Node failure on hpcsngd-2"),
         ("slurm-noexec", 2, "configuration", "execve(): /opt/nowhere/bin/python: No such file or directory"),
     ],
 )
@@ -152,6 +163,8 @@ def test_only_torchs_word_about_this_port_means_that_it_was_taken() -> None:
     [
         ("slurm-preempted", "preempted", "hpcsngd-1", "2026-11-21T14:44:56+00:00"),
         ("slurm-cancelled", "killed", "hpcsngd-1", "2026-11-21T14:44:11+00:00"),
+        ("slurm-walltime", "walltime", "hpcsngd-1", "2026-11-21T17:58:19+00:00"),
+        ("slurm-lostnode", "node_failure", "hpcsngd-2", ""),  # srun names the node, and no time
     ],
 )
 def test_slurms_own_words_have_host_and_time(

@@ -14,7 +14,7 @@ import pytest
 
 from hpcsngd import rundir
 from hpcsngd.errors import PreflightError
-from hpcsngd.launch import order, preflight, probe, status, submit
+from hpcsngd.launch import order, preflight, probe, status, submit, usage
 from hpcsngd.launch.cancel import cancel
 from hpcsngd.launch.plan import Directive
 from hpcsngd.launch.resume import rerun, resume
@@ -129,6 +129,11 @@ def test_cancel_while_it_runs_then_resume_with_less(
     facts = rundir.read_yaml(run.attempt(2).attempt_yaml)
     assert (facts["nodes"], facts["world_size"], facts["job"]["TimeLimit"]) == (1, 2, "00:05:00")
     assert facts["hardware"]["cpus"] >= 1
+    wait_until(lambda: usage.settle(run) or run.attempt(2).accounting_yaml.exists(), "the accounts", 60)
+    cancelled, completed = usage.summary(run)
+    assert (cancelled["attempt"], completed["attempt"]) == (1, 2)
+    assert (completed["exit_code"], completed["by"]) == ("0:0", "Slurm")
+    assert completed["max_rss_mib"] > 10  # the stand-in is a Python
     with pytest.raises(PreflightError, match="has completed"):
         resume(run, argv=["test"])
 

@@ -14,7 +14,8 @@ import torch
 
 from hpcsngd import handover, rundir
 from hpcsngd.rundir import Fault, RunDir
-from hpcsngd.train import checkpoint, data, devices, session, worker
+from hpcsngd.train import checkpoint, devices, session, worker
+from hpcsngd.train.data import idx
 from hpcsngd.train.faults import RendezvousError, SettingError
 from tests.train.runs import make_run
 
@@ -88,7 +89,7 @@ def test_a_loss_that_is_not_finite_is_recorded(tmp_path: Path) -> None:
 
 
 def test_missing_data_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_fashion_folder", lambda root: None)
+    monkeypatch.setattr(idx, "_find", lambda name, root: None)
     run = make_run(tmp_path, **{"data.name": "fashion-mnist", "data.root": str(tmp_path / "nowhere")})
     assert worker.main([str(run.path), "--attempt", "1"]) == 1
     fault = only_fault(run)

@@ -47,11 +47,7 @@ def _gpu_names(machine: Machine) -> list[str]:
             return [
                 line.strip().replace(", ", ", driver ") for line in answer.text.splitlines() if line.strip()
             ]
-    if machine.find("rocm-smi"):
-        answer = machine.run(["rocm-smi", "--showproductname", "--csv"], 60)
-        if answer.status == 0:
-            return [line.split(",")[1] for line in answer.text.splitlines() if line.startswith("card")]
-    return []
+    return [f"{gpu['name']}, driver {gpu['driver']}" for gpu in machine.amd_gpus()]
 
 
 def _shared_memory(machine: Machine) -> Finding:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcsngd.launch import hardware
+
 INTERFACES = Path("/sys/class/net")
 
 
@@ -82,6 +84,10 @@ class Machine:
             if folder.name != "lo":
                 found[folder.name] = (folder / "operstate").read_text(encoding="ascii").strip() == "up"
         return found
+
+    def amd_gpus(self) -> list[dict[str, str]]:
+        """Returns name, memory and driver of each GPU of AMD's kernel driver."""
+        return hardware.amd_gpus(Path("/sys"))
 
     def own_address(self) -> str | None:
         """Returns the IPv4 address that this machine's host name stands for; None if for none."""

@@ -17,7 +17,8 @@ def check(site: Site | None, machine: Machine) -> Iterator[Finding]:
         return
     yield _run_root(site.run_root, machine)
     if site.data_root and "${" not in site.data_root:
-        yield _data_root(site.data_root, machine)
+        is_unseen = site.data_root_on == "nodes" and site.scheduler.kind != "local"
+        yield _unseen(site.data_root) if is_unseen else _data_root(site.data_root, machine)
     if site.container:
         yield _image(site.container.image, machine)
 
@@ -32,6 +33,10 @@ def _run_root(folder: str, machine: Machine) -> Finding:
         text = f"{folder}: {free:.1f} GB free"
         return warning("run root", text, "checkpoints of a large model need more; clean up or move")
     return ok("run root", f"{folder}: writable, {free:.0f} GB free")
+
+
+def _unseen(folder: str) -> Finding:
+    return ok("data root", f"{folder}: on the nodes (data_root_on), so it cannot be looked at from here")
 
 
 def _data_root(folder: str, machine: Machine) -> Finding:

@@ -128,14 +128,13 @@ class _Client:
         """Returns the status of the first task that failed, as a shell has it; 0 if none did."""
         self._children = [self._start(task) for task in self._tasks]
         status = 0
-        while any(child.poll() is None for child in self._children):
-            ended = [child.returncode for child in self._children if child.returncode is not None]
-            if not status and (status := next((code for code in ended if code), 0)):
+        while None in (ended := [child.poll() for child in self._children]):
+            if not status and (status := next(filter(None, ended), 0)):
                 self._end(signal.SIGTERM)
             if self._ends_at and time.monotonic() >= self._ends_at:
                 self._send(signal.SIGKILL)
             time.sleep(POLL_S)
-        status = status or next((child.returncode for child in self._children if child.returncode), 0)
+        status = status or next(filter(None, ended), 0)
         return status if status >= 0 else 128 - status
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:

@@ -25,8 +25,7 @@ class Facts:
     Attributes:
         name: ours.
         torchvision: the class there.
-        train: names of the training files.
-        test: name of the test file.
+        test: name of the test file; all others are for training.
         key: where the labels are in them.
         classes: number of classes.
         mean: of the training pixels / 255, for each color.
@@ -35,7 +34,6 @@ class Facts:
 
     name: str
     torchvision: str
-    train: tuple[str, ...]
     test: str
     key: str
     classes: int
@@ -56,14 +54,20 @@ def load_cifar(facts: Facts, root: Path | None, config: schema.Data) -> Splits:
     """
     if root is None:
         raise MissingDataError(f"no data root for {facts.name}: {CATALOGUE[facts.name].get}")
-    folder = root / CATALOGUE[facts.name].folders[0]
+    known = CATALOGUE[facts.name]
+    folder = root / known.folders[0]
+
+    def absent() -> list[str]:
+        return known.absent(lambda name: (folder / name).is_file())
+
     if config.download:
-        download.fetch(root, facts.name, facts.torchvision, lambda: not _absent(facts, folder))
+        download.fetch(root, facts.name, facts.torchvision, lambda: not absent())
     if not folder.is_dir():
-        raise MissingDataError(f"no {facts.name} below the data root {root}: {CATALOGUE[facts.name].get}")
-    if absent := _absent(facts, folder):
-        raise MissingDataError(f"{folder} lacks {', '.join(absent)}")
-    return Splits(_part(facts, folder, facts.train), _part(facts, folder, (facts.test,)), facts.classes)
+        raise MissingDataError(f"no {facts.name} below the data root {root}: {known.get}")
+    if missing := absent():
+        raise MissingDataError(f"{folder} lacks {', '.join(missing)}")
+    train = tuple(name for name in known.files if name != facts.test)
+    return Splits(_part(facts, folder, train), _part(facts, folder, (facts.test,)), facts.classes)
 
 
 # Means and deviations as the published code of HyLo has them.
@@ -72,7 +76,6 @@ cifar10 = partial(
     Facts(
         name="cifar10",
         torchvision="CIFAR10",
-        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
         test="test_batch",
         key="labels",
         classes=10,
@@ -85,7 +88,6 @@ cifar100 = partial(
     Facts(
         name="cifar100",
         torchvision="CIFAR100",
-        train=("train",),
         test="test",
         key="fine_labels",
         classes=100,
@@ -93,10 +95,6 @@ cifar100 = partial(
         std=(0.2675, 0.2565, 0.2761),
     ),
 )
-
-
-def _absent(facts: Facts, folder: Path) -> list[str]:
-    return [name for name in (*facts.train, facts.test) if not (folder / name).is_file()]
 
 
 def _part(facts: Facts, folder: Path, names: tuple[str, ...]) -> Images:

@@ -14,7 +14,6 @@ from hpcsngd.train.data.samples import Images, Splits
 from hpcsngd.train.faults import MissingDataError
 
 _NAMES = {part: (f"features_{part}.pt", f"targets_{part}.pt") for part in ("train", "val")}
-_FILES = tuple(name for names in _NAMES.values() for name in names)
 
 
 def features(root: Path | None, config: schema.Data) -> Splits:
@@ -32,10 +31,11 @@ def features(root: Path | None, config: schema.Data) -> Splits:
         MissingDataError: files are missing or do not fit together; the message names them.
     """
     folders = [root / "features", root] if root else []
-    folder = next((each for each in folders if any((each / name).exists() for name in _FILES)), None)
+    known = CATALOGUE["features"]
+    folder = next((each for each in folders if any((each / name).exists() for name in known.files)), None)
     if folder is None:
-        raise MissingDataError(f"no features below the data root {root}: {CATALOGUE['features'].get}")
-    if absent := [name for name in _FILES if not (folder / name).is_file()]:
+        raise MissingDataError(f"no features below the data root {root}: {known.get}")
+    if absent := known.absent(lambda name: (folder / name).is_file()):
         raise MissingDataError(f"{folder} lacks {', '.join(absent)}")
     train, test = (_read(folder, *names) for names in _NAMES.values())
     if train.channels != test.channels:

@@ -17,8 +17,6 @@ from hpcsngd.train.data.samples import Images, Splits
 from hpcsngd.train.faults import MissingDataError
 
 _UNSIGNED_BYTES = 8
-_KINDS = ("images-idx3", "labels-idx1")
-_FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in _KINDS)
 
 
 @dataclass(frozen=True)
@@ -98,18 +96,19 @@ def _folders(name: str, root: Path | None) -> list[Path]:
 
 def _find(name: str, root: Path | None) -> Path | None:
     """Returns the first folder that holds all four files."""
-    return next((folder for folder in _folders(name, root) if not _absent(folder)), None)
+    return next((folder for folder in _folders(name, root) if not _absent(name, folder)), None)
 
 
-def _absent(folder: Path) -> list[str]:
-    return [name for name in _FILES if not _file(folder, name).exists()]
+def _absent(name: str, folder: Path) -> list[str]:
+    return CATALOGUE[name].absent(lambda file: (folder / file).exists())
 
 
 def _missing(name: str, root: Path | None) -> str:
     """Returns which files a folder lacks that has some of them, or else how to get all."""
-    partial_folders = [folder for folder in _folders(name, root) if 0 < len(_absent(folder)) < len(_FILES)]
-    if partial_folders:
-        return f"{partial_folders[0]} lacks {', '.join(_absent(partial_folders[0]))} (plain or with .gz)"
+    all_of_them = len(CATALOGUE[name].files)
+    for folder in _folders(name, root):
+        if 0 < len(absent := _absent(name, folder)) < all_of_them:
+            return f"{folder} lacks {', '.join(absent)} (plain or with .gz)"
     return f"no {name} below the data root {root}: {CATALOGUE[name].get}"
 
 

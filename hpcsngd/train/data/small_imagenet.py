@@ -22,7 +22,6 @@ from hpcsngd.train.data.samples import Batch, Samples, Splits
 from hpcsngd.train.faults import MissingDataError
 
 _CLASSES = 1000
-_TRAIN = tuple(f"train_data_batch_{number}" for number in range(1, 11))
 _TEST = "val_data"
 
 
@@ -41,21 +40,21 @@ def load_small_imagenet(size: int, root: Path | None, config: schema.Data) -> Sp
     """
     name = f"imagenet{size}"
     folders = [root / name, root] if root else []
-    folder = next(
-        (each for each in folders if any((each / file).exists() for file in (*_TRAIN, _TEST))), None
-    )
+    known = CATALOGUE[name]
+    folder = next((each for each in folders if any((each / file).exists() for file in known.files)), None)
     if folder is None:
-        raise MissingDataError(f"no {name} below the data root {root}: {CATALOGUE[name].get}")
-    if absent := [file for file in (*_TRAIN, _TEST) if not (folder / file).is_file()]:
+        raise MissingDataError(f"no {name} below the data root {root}: {known.get}")
+    if absent := known.absent(lambda file: (folder / file).is_file()):
         raise MissingDataError(f"{folder} lacks {', '.join(absent)}")
+    train_files = [file for file in known.files if file != _TEST]
     # every rank needs all labels, but only one has to read all files for them
     train, test = locks.on_first_rank(
-        lambda: (_labels(folder, _TRAIN, size), _labels(folder, (_TEST,), size))
+        lambda: (_labels(folder, train_files, size), _labels(folder, (_TEST,), size))
     )
-    first = folder / _TRAIN[0]
+    first = folder / train_files[0]
     (mean,) = pickles.fields(first, "mean")  # the evaluation file has none of its own
     return Splits(
-        PickledImages([folder / file for file in _TRAIN], train, size),
+        PickledImages([folder / file for file in train_files], train, size),
         PickledImages([folder / _TEST], test, size, mean=_mean_image(first, mean, size)),
         _CLASSES,
         "validation",
