@@ -252,7 +252,7 @@ def own_job(job_id: str, *, timeout_s: float) -> OwnJob | None:
     if folder is None:
         return None
     pulse = control.Control(Path(folder)).pulse()
-    return OwnJob(pulse.fate, pulse.restarts, pulse.fate == "PREEMPTED", pulse.left_s) if pulse else None
+    return OwnJob(pulse.fate, pulse.restarts, False, pulse.left_s) if pulse else None
 
 
 def job_record(job_id: str) -> dict[str, str]:

@@ -106,7 +106,7 @@ def test_the_own_job_by_the_heads_word(tmp_path: Path, monkeypatch: pytest.Monke
     files = Control.begin(control.job_folder(tmp_path, "7"), WORK)
     monkeypatch.setenv(control.FOLDER, str(files.folder))
     assert jobs.own_job("7", timeout_s=1) is None
-    fates = {"RUNNING": "running", "REQUEUED": "restarting", "PREEMPTED": "preempted", "KILLED": "ending"}
+    fates = {"RUNNING": "running", "REQUEUED": "restarting", "KILLED": "ending"}
     for word, fate in fates.items():
         files.beat(Pulse(1, 100.0, 0, word))
         job = jobs.own_job("7", timeout_s=1)
