@@ -282,9 +282,11 @@ def test_the_dry_run_of_a_sweep_shows_the_array(configure: Configure, host: Host
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["preempt", "requeue"])
-def test_what_lsf_puts_back_itself_is_not_over(play: Play, configure: Configure, how: str) -> None:
-    book = play("csm", grace_s=6.0)
+@pytest.mark.parametrize(("flavor", "how"), [("csm", "preempt"), ("ibm", "requeue")])
+def test_what_lsf_puts_back_itself_is_not_over(
+    play: Play, configure: Configure, flavor: str, how: str
+) -> None:
+    book = play(flavor, grace_s=10.0)
     run = send(configure, site("stop"), nodes=1)
     wait_until(lambda: len(reports(run)) == 2, "the start of the ranks")
     book.ask("101", how)
