@@ -23,6 +23,7 @@ PHASES = (
     "compress",
     "products",
     "factorise",
+    "kernel",
     "invert",
     "project",
     "broadcast",
@@ -32,7 +33,7 @@ PHASES = (
 )
 KINDS: Mapping[str, tuple[str, ...]] = {
     "training": ("data", "forward and backward", "update"),
-    "compute factors": ("capture", "factorise", "compress", "products"),
+    "compute factors": ("capture", "factorise", "kernel", "compress", "products"),
     "communicate factors": ("gather", "reduce"),
     "compute inverses": ("invert", "project"),
     "communicate inverses": ("broadcast",),

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from hpcsngd_analysis.critical import periods
 from hpcsngd_analysis.drawing import Floats, axis, color, decades, empty, layout, plain
 from hpcsngd_analysis.groups import Group
-from hpcsngd_analysis.series import Box, box, boxes
+from hpcsngd_analysis.series import Box, box, boxes, clock_of
 
 LAYERS = 7
 """Of a deeper net a figure of layers draws this many, evenly spread, the first and the last included."""
@@ -41,7 +41,7 @@ def rank_figure(data: dict[str, dict[str, Box]]) -> go.Figure:
 def total_norm(grad_norm: pd.DataFrame) -> pd.DataFrame:
     """Returns the norm of the gradient of all covered layers: columns ``run, step, epoch, norm``."""
     squares = grad_norm.assign(norm=grad_norm["norm"] ** 2)
-    summed = squares.groupby(["run", "step", "epoch"], sort=False)["norm"].sum().reset_index()
+    summed = squares.groupby(["run", "step", "epoch"], sort=False, dropna=False)["norm"].sum().reset_index()
     return summed.assign(norm=np.sqrt(summed["norm"]))
 
 
@@ -85,7 +85,7 @@ def norm_figure(
     span = decades(grad_norm["norm"].to_numpy(float))
     drawing = go.Figure(
         layout=layout(
-            axis("epoch", rangemode="tozero"),
+            axis(clock_of(grad_norm), rangemode="tozero"),
             axis(f"gradient norm{' (log scale)' if span else ''}", decades=span, tickformat=".3~g"),
         )
     )
@@ -103,15 +103,16 @@ def norm_figure(
 
 
 def _layer_lines(grad_norm: pd.DataFrame, layers: Sequence[str]) -> Iterator[go.Scatter]:
+    clock = clock_of(grad_norm)
     for place, layer in enumerate(layers):
         rows = grad_norm[grad_norm["layer"] == layer]
         yield go.Scatter(
-            x=rows["epoch"].to_numpy(float),
+            x=rows[clock].to_numpy(float),
             y=rows["norm"].to_numpy(float),
             name=f"layer {plain(layer)}",
             mode="lines",
             line={"color": color(place), "width": 1.5},
-            hovertemplate="<b>%{fullData.name}</b><br>%{y:.4~g}<br>epoch %{x:.4~g}<extra></extra>",
+            hovertemplate=f"<b>%{{fullData.name}}</b><br>%{{y:.4~g}}<br>{clock} %{{x:.4~g}}<extra></extra>",
         )
 
 

@@ -85,9 +85,9 @@ def _chosen(run: Run, by: Sequence[str]) -> str:
 
 def _labels(records: Sequence[Run], without: Sequence[str]) -> list[str]:
     """Returns for each run its experiment, and the settings in which those of this experiment differ."""
-    settings = [
-        {key: value for key, value in _settings(run).items() if key not in without} for run in records
-    ]
+    settings = _with_ranks(
+        [{key: value for key, value in _settings(run).items() if key not in without} for run in records]
+    )
     members: dict[str, list[int]] = {}
     for position, run in enumerate(records):
         members.setdefault(run.experiment, []).append(position)
@@ -98,6 +98,23 @@ def _labels(records: Sequence[Run], without: Sequence[str]) -> list[str]:
             words = [f"{_short(key)} {_word(settings[position].get(key))}" for key in differing]
             labels[position] = ", ".join([experiment, *words])
     return labels
+
+
+def _with_ranks(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the settings; a run that never started has the ranks of the runs like it, if they agree."""
+    started: dict[str, set[int]] = {}
+    for each in settings:
+        if each.get("ranks") is not None:
+            started.setdefault(_without_ranks(each), set()).add(each["ranks"])
+    for each in settings:
+        known = started.get(_without_ranks(each), set())
+        if "ranks" in each and each["ranks"] is None and len(known) == 1:
+            each["ranks"] = next(iter(known))
+    return settings
+
+
+def _without_ranks(settings: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in settings.items() if key != "ranks"}, default=str)
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -92,14 +92,14 @@ def confusion_figure(matrix: pd.DataFrame) -> go.Figure:
             x=names,
             y=names,
             z=shares,
-            customdata=counts,
+            text=[[f"{count:.0f}" for count in row] for row in counts],
             zmin=0,
             zmax=1,
             colorscale=[[0, "white"], [1, color(0)]],
             colorbar={"tickformat": ".0%", "thickness": 12},
             name="share of the class",
-            texttemplate="%{customdata:.0f}" if len(names) <= 12 else None,
-            hovertemplate="%{y} taken for %{x}: %{customdata:.0f} (%{z:.1%})<extra></extra>",
+            texttemplate="%{text}" if len(names) <= 12 else None,
+            hovertemplate="%{y} taken for %{x}: %{text} (%{z:.1%})<extra></extra>",
         )
     )
     return drawing

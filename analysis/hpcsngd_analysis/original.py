@@ -170,11 +170,7 @@ def _run(source: Source, name: str, facts: Mapping[str, str], found: Found, unfi
         dropped_rows=found.dropped,
         unfinished_files=tuple(unfinished),
         origin="hylo",
-        notes=(
-            "written by the original HyLo scripts: no status, provenance or time stamps",
-            *said,
-            *found.notes,
-        ),
+        notes=(*said, *found.notes),
         rows={table: len(rows) for table, rows in found.rows.items()},
     )
 

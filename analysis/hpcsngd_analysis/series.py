@@ -77,13 +77,18 @@ def members(runs: Runs, groups: Sequence[Group]) -> tuple[Member, ...]:
     return tuple(Member(group.name, place, False, group.runs) for place, group in enumerate(groups))
 
 
+def clock_of(table: pd.DataFrame) -> str:
+    """Returns the clock to draw a table against: ``epoch``, or ``step`` where no row says its epoch."""
+    return "epoch" if table.empty or table["epoch"].notna().any() else "step"
+
+
 def spreads(
     table: pd.DataFrame, drawn: Sequence[Member], y: str, *, x: str = "epoch", kind: str | None = None
 ) -> list[Spread]:
     """Returns a column over time.
 
     Rows of one member at one ``x``, such as those of all layers, count together; so do those of neighboring
-    ``x`` where there are more than `POINTS` of them. NaN rows are left out where others remain.
+    ``x`` where there are more than `POINTS` of them. Rows that are NaN are left out.
 
     Args:
         table: with the columns ``run``, ``x`` and ``y``.
@@ -99,7 +104,7 @@ def spreads(
     for member in drawn:
         own = table[table["run"].isin(member.runs)]
         for name, rows in own.groupby(kind, sort=False) if kind else [("", own)]:
-            if len(rows):
+            if rows[[x, y]].notna().all(axis=1).any():
                 found.append(_spread(member, str(name), rows[x].to_numpy(float), rows[y].to_numpy(float)))
     return found
 

@@ -62,7 +62,7 @@ def _state_notes(run: Run) -> Iterator[str]:
 
 def _row_notes(run: Run) -> Iterator[str]:
     for table, dropped in run.dropped_rows.items():
-        if dropped:
+        if dropped and run.origin == "run":
             yield f"{table}: {_rows(dropped)} written again by a later attempt; the last counts"
     for file in run.unfinished_files:
         yield f"{file}: the last line is unfinished and was left out"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpcsngd import rundir
 from hpcsngd.rundir import CsvWriter, RunDir, Status
 from hpcsngd.tables import TABLES
@@ -100,3 +102,186 @@ def resumed_run(root: Path) -> RunDir:
         rundir.write_yaml(attempt.attempt_yaml, facts)
     rundir.write_yaml(run.attempt(1).ended_yaml, {"state": "preempted", "reason": "", "utc": at(5.0)})
     return run
+
+
+LAYERS = ("conv1", "conv2", "fc")
+PHASES = {"data": 1, "forward": 20, "backward": 40, "capture": 6, "gather": 8, "factorise": 5, "invert": 9}
+
+
+def rich_run(
+    root: Path, name: str, *, experiment: str, seed: int, ranks: int = 2, level: float = 0.8
+) -> RunDir:
+    """Returns a completed run of four epochs that has written every table there is."""
+    rng = np.random.default_rng(seed)
+    run = make_run(
+        root,
+        name,
+        experiment=experiment,
+        settings={**_settings(ranks), "seed": seed},
+        provenance={"host": "node1", "git": {"sha": "a" * 40, "diff": "- old\n+ new"}},
+        status=Status("completed", "", 1, at(14.0)),
+        tables={**_progress(rng, level), **_cost(ranks), **_curvature(rng), **_model(rng)},
+    )
+    for rank in range(1, ranks):
+        writer = CsvWriter(run.metrics("profiling", rank), TABLES["profiling"])
+        for cells in _phases(rank):
+            writer.write(**row("profiling", **cells))
+        writer.close()
+    facts = {"nodes": 1, "world_size": ranks, "start": at(0.5), "hardware": {"cpu": "POWER9", "cpus": 4}}
+    rundir.write_yaml(run.attempt(1).submitted_yaml, {"scheduler": "slurm", "job_id": "7", "utc": at(0.0)})
+    rundir.write_yaml(run.attempt(1).attempt_yaml, facts)
+    return run
+
+
+def _settings(ranks: int) -> dict[str, Any]:
+    return {"batch_size": 64 // ranks, "model": {"name": "net"}, "data": {"name": "digits"}}
+
+
+def _progress(rng: np.random.Generator, level: float) -> dict[str, list[dict[str, Any]]]:
+    train, evaluation = [], []
+    for step in range(1, 21):
+        part = 1 - np.exp(-step / 6) + 0.01 * rng.standard_normal()
+        row_ = clocked(1, step, 2.0 * step, 2.5 * step, 1.0, epoch=step / 5, loss=float(2.3 - 2 * part))
+        train.append({**row_, "samples": 64 * step, "accuracy": level * float(part), "lr": 0.1})
+        if step % 5 == 0:
+            evaluation.append({**row_, "split": "test", "accuracy": level * float(part), "eval_s": 1.0})
+    return {"train": train, "eval": evaluation}
+
+
+def _phases(rank: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "rank": rank,
+            "refresh": int(step % 5 == 1),
+            "phase": phase,
+            "seconds": ms / 1000 * (1 + rank / 10),
+        }
+        for step in range(1, 21)
+        for phase, ms in PHASES.items()
+    ]
+
+
+def _cost(ranks: int) -> dict[str, list[dict[str, Any]]]:
+    refreshes = range(1, 21, 5)
+    return {
+        "profiling": _phases(0),
+        "communication": [
+            {"step": step, "phase": phase, "op": "all_gather", "size_bytes": size * ranks}
+            for step in refreshes
+            for phase, size in (("gather", 4096), ("broadcast", 1024))
+        ],
+        "memory": [
+            {"step": step, "kind": kind, "size_bytes": size}
+            for step in refreshes
+            for kind, size in (("rows", 2**20), ("factors", 2**18))
+        ],
+    }
+
+
+def _curvature(rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    def at_refreshes(**cells: Any) -> list[dict[str, Any]]:
+        return [
+            {"step": step, "epoch": step / 5, "layer": layer, **cells}
+            for step in range(1, 21, 5)
+            for layer in LAYERS
+        ]
+
+    def some() -> float:
+        return float(rng.uniform(0.1, 1.0))
+
+    return {
+        "rank_analysis": [
+            {
+                **each,
+                "samples": 64,
+                "share": 0.9,
+                "low_rank": int(rng.integers(2, 30)),
+                "top_eigenvalue": some(),
+                "damping": 0.3,
+            }
+            for each in at_refreshes()
+        ],
+        "kept": at_refreshes(method="kid", rule="ratio", samples=64, kept=6),
+        "switches": [
+            {"step": 5 * epoch, "epoch": epoch, "method": "kis" if epoch == 2 else "kid", "lr": 0.1}
+            for epoch in range(4)
+        ],
+        "grad_norm": [
+            {"step": step, "epoch": step / 5, "layer": layer, "norm": some()}
+            for step in range(1, 21)
+            for layer in LAYERS
+        ],
+        "grad_error": [
+            {**each, "relative_error": some(), "cosine": some()}
+            for method in ("kid", "kis")
+            for each in at_refreshes(method=method)
+        ],
+        "quantify": [
+            {
+                "step": step,
+                "epoch": step / 5,
+                "norm_ratio": 2 + some(),
+                "angle_deg": 20 * some(),
+                "q50": some(),
+            }
+            for step in range(1, 21, 2)
+        ],
+        "staleness": [
+            {
+                "step": step,
+                "epoch": step / 5,
+                "worker": 1 + step % 2,
+                "pulled": step - 1 - step % 3,
+                "staleness": step % 3,
+            }
+            for step in range(3, 21)
+        ],
+    }
+
+
+def _model(rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    shapes = zip(LAYERS, ("Conv2d", "Conv2d", "Linear"), (9, 144, 512), (16, 32, 10), strict=True)
+    grid = np.linspace(-1, 1, 7)
+    plane = {"plane": "p1", "split": "test"}
+    return {
+        "layers": [
+            {"layer": layer, "kind": kind, "d_in": d_in, "d_out": d_out, "has_bias": 1,
+             "parameters": (d_in + 1) * d_out}
+            for layer, kind, d_in, d_out in shapes
+        ],
+        "confusion": [
+            {"step": 20, "epoch": 4.0, "split": "test", "label": label, "predicted": predicted,
+             "count": int(count)}
+            for label in range(3)
+            for predicted, count in enumerate(rng.integers(1, 5, 3) + 20 * np.eye(3, dtype=int)[label])
+        ],
+        "landscape": [
+            {**plane, "kind": "pca", "row": i, "column": j, "a": a, "b": b, "loss": a * a + 2 * b * b + 0.1,
+             "accuracy": 0.5, "count": 100, "share_a": 0.7, "share_b": 0.2, "buffers": "recomputed"}
+            for i, b in enumerate(map(float, grid))
+            for j, a in enumerate(map(float, grid))
+        ],
+        "landscape_path": [
+            {**plane, "step": step, "a": 1 - step / 20, "b": 0.5 - step / 40, "distance": 0.1,
+             "loss": 1 - step / 25, "accuracy": 0.5}
+            for step in (5, 10, 15, 20)
+        ],
+    }  # fmt: skip
+
+
+def rich_runs(root: Path) -> Path:
+    """Returns a folder of runs that have everything: two methods, three seeds, 1 to 4 ranks, one failed."""
+    for seed in (1, 2, 3):
+        rich_run(root, f"sgd-{seed}", experiment="net-sgd", seed=seed, level=0.80 + 0.002 * seed)
+        rich_run(root, f"hylo-{seed}", experiment="net-hylo", seed=seed, level=0.95 + 0.001 * seed)
+    for ranks in (1, 4):
+        rich_run(root, f"hylo-ranks-{ranks}", experiment="net-hylo", seed=1, ranks=ranks, level=0.95)
+    make_run(
+        root,
+        "failed",
+        experiment="net-sgd",
+        settings={**_settings(2), "seed": 4},
+        status=Status("failed", "nan: loss is nan", 1),
+    )
+    return root

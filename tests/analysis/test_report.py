@@ -164,9 +164,11 @@ def test_the_page_draws_the_numbers_of_the_json(page: Page, numbers: dict[str, A
 
 
 def test_each_drawing_has_its_place(page: Page) -> None:
-    places = [attributes["id"] for attributes in page.all("div") if attributes.get("class") == "plot"]
+    places = [each["data-figure"] for each in page.all("div") if each.get("class") == "plot"]
     assert len(places) == len(set(places))
     assert set(places) == set(page.drawings)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
 
 
 def test_what_was_measured_as_nan_is_not_missing(tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ def gradient_norm(context: Context) -> Section | None:
     table, switches, train = (context.table(name) for name in ("grad_norm", "switches", "train"))
     if table.empty:
         return None
-    total = series.spreads(figures.total_norm(table), context.members, "norm")
-    panels = [Panel("gradient-norm", "Norm over all covered layers", series.figure(total, "gradient norm"))]
+    clock = series.clock_of(table)
+    total = series.spreads(figures.total_norm(table), context.members, "norm", x=clock)
+    drawn = series.figure(total, "gradient norm", x_title=clock)
+    panels = [Panel("gradient-norm", "Norm over all covered layers", drawn)]
     shown = list(dict.fromkeys(table["run"]))
     for place, run in enumerate(shown[:NORMS]):
         own = switches[switches["run"] == run]
@@ -180,6 +182,6 @@ def preconditioning(context: Context) -> Section | None:
 def _over_time(
     context: Context, table: str, column: str, title: str, kind: str | None = None, **how: Any
 ) -> go.Figure:
-    return series.figure(
-        series.spreads(context.table(table), context.members, column, kind=kind), title, **how
-    )
+    clock = series.clock_of(context.table(table))
+    found = series.spreads(context.table(table), context.members, column, x=clock, kind=kind)
+    return series.figure(found, title, x_title=clock, **how)

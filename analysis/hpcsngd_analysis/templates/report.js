@@ -22,7 +22,7 @@
   const draw = (plot) => {
     if (drawn.has(plot)) return;
     drawn.add(plot);
-    const { data, layout } = JSON.parse(document.querySelector(`script[data-plot="${plot.id}"]`).textContent);
+    const { data, layout } = JSON.parse(document.querySelector(`script[data-plot="${plot.dataset.figure}"]`).textContent);
     for (const trace of data) {
       if (hasKey(trace)) trace.visible = isShown(trace.meta);
     }
@@ -101,13 +101,15 @@
   ]));
   const plain = (value) => (typeof value === "number" ? String(Number(value.toPrecision(6))) : String(value ?? "–"));
   const fill = (details) => {
-    const plot = document.getElementById(details.dataset.plot);
+    const plot = document.getElementById(`plot-${details.dataset.plot}`);
     draw(plot);
+    details.querySelector(".scroll")?.remove();
     const box = document.createElement("div");
     box.className = "scroll";
     box.tabIndex = 0;
     const table = document.createElement("table");
-    const lines = plot.data.flatMap((trace) => listed(trace).map((values) => [trace.name ?? "", ...values]));
+    // Of the data given, arrays are packed; plotly keeps those of what it shows unpacked here.
+    const lines = plot._fullData.flatMap((trace) => listed(trace).map((values) => [trace.name ?? "", ...values]));
     for (const line of lines.slice(0, LONGEST)) {
       const row = table.insertRow();
       line.forEach((value, place) => {
@@ -122,7 +124,7 @@
     details.append(box);
   };
   for (const details of document.querySelectorAll(".numbers")) {
-    details.addEventListener("toggle", () => { if (details.open && details.children.length === 1) fill(details); });
+    details.addEventListener("toggle", () => { if (details.open) fill(details); });
   }
 
   // Paper cannot be opened by a click, and is narrower than the screen.

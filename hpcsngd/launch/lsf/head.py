@@ -144,12 +144,10 @@ class Head:
         job_id = self.work.job_id
         mark = control.requeued_mark(self.files.folder.parent)
         mark.touch()  # first: between the two the job looks finished
-        try:
-            programs.command_output(["brequeue", lsf_id(job_id)], timeout_s=COMMAND_S)
-        except SchedulerError as error:
+        if refusal := _requeue(job_id):
             mark.unlink(missing_ok=True)
-            log.warning("%s", error)
-            self.files.answer(str(error))
+            log.warning("%s", refusal)
+            self.files.answer(refusal)
             return
         log.info("job %s is put back in the queue", job_id)
         self._fate = "REQUEUED"
@@ -222,6 +220,18 @@ def _signal_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
     except ProcessLookupError:
         log.debug("process group %d is gone", pid)
+
+
+def _requeue(job_id: str) -> str:
+    """Has LSF put the job back in the queue; returns why it does not, empty if it does."""
+    try:
+        said = programs.run(["brequeue", lsf_id(job_id)], timeout_s=COMMAND_S)
+    except SchedulerError as error:
+        return str(error)
+    # LSF ends the job within seconds, and may reach brequeue itself before that has ended
+    if said.status and "is being requeued" not in said.out:
+        return f"brequeue refused: {said.words() or 'no reason given'}"
+    return ""
 
 
 def _fate(job_id: str) -> str:
