@@ -65,7 +65,7 @@ resources = with_options(
 
 ordering = with_options(
     click.option("--after", multiple=True, type=RUNS, help="Start when this run has completed; repeatable."),
-    click.option("--hold", is_flag=True, help="Submit, but do not start before 'scontrol release'."),
+    click.option("--hold", is_flag=True, help="Submit, but do not start before 'scontrol release' or 'bresume'."),
     click.option("--probe", is_flag=True, help="First import torch on a node, as the workers will."),
 )
 """The options that say when a job may start."""
@@ -88,6 +88,7 @@ configuration = with_options(
     click.option("--rank-analysis", is_flag=True, help="Write the matrix rank of the kernels."),
     click.option("--grad-norm", is_flag=True, help="Write the gradient norm of each layer."),
     click.option("--grad-error", is_flag=True, help="Write the error against the exact method."),
+    click.option("--strength", is_flag=True, help="Write how much each layer's gradient is preconditioned."),
 )
 """The options that choose a configuration; the verb receives them as keyword arguments."""
 

@@ -51,7 +51,7 @@ def test_cells_are_all_combinations_the_last_axis_fastest(tmp_path: Path) -> Non
     assert first.experiment.preconditioner is not None
     assert first.experiment.preconditioner.damping == 0.3
     assert first.origins["experiment.seed"].endswith("sweep.yaml:3")
-    assert first.origins["experiment.epochs"].endswith("digits-hylo.yaml:6")
+    assert first.origins["experiment.epochs"].endswith("digits-hylo.yaml:7")
 
 
 def test_nested_keys_are_the_same_as_dotted_ones(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ class TestPrecedence:
     def test_a_new_name_drops_the_old_arguments(self) -> None:
         found = get("optimizer.lr=0.001", "optimizer.name=adamw")
         assert found.experiment.optimizer.model_dump() == {
-            "name": "adamw", "lr": 0.001, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8,
+            "name": "adamw", "lr": 0.001, "weight_decay": 0.0, "no_decay": [], "betas": (0.9, 0.999),
+            "eps": 1e-8,
         }  # fmt: skip
 
     def test_damping_is_a_number_or_a_decay(self) -> None:
