@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # pytest options for `make test`, such as: make test T="-k resume -x"
 T      ?=
 
-.PHONY: help venv system demo test check lint bench clean
+.PHONY: help venv system demo figures test check lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,19 @@ system: ## system packages that some tests use, where this machine lets us insta
 
 demo: venv ## train digits with HyLo on two ranks of this machine; ends with a report
 	@$(BIN)/hpcsngd submit --site local --exp digits-hylo --wait
+
+# Runs of digits that have what most figures show; made again, only what is missing runs.
+FIGURE_RUNS := $(BIN)/hpcsngd submit --site local --wait --run-root runs/figures --profiling
+MICROSCOPE  := --rank-analysis --grad-norm --grad-error --set diagnostics.quantify_every=5
+figures: venv ## the papers' figures from runs in runs/, after making runs of digits (ten minutes); into figures/
+	@for exp in digits-sgd digits-kfac; do $(FIGURE_RUNS) --exp $$exp --matrix seed=1,2,3 || exit; done
+	@$(FIGURE_RUNS) --exp digits-hylo --matrix seed=1,2,3 $(MICROSCOPE)
+	@$(FIGURE_RUNS) --exp digits-hylo --matrix seed=1,2,3 --matrix preconditioner.method=kid,kis,hybrid \
+	  --set preconditioner.ratio=0.25 $(MICROSCOPE)
+	@for ranks in 1 4; do $(FIGURE_RUNS) --exp digits-kfac --ranks-per-node $$ranks --matrix seed=1 \
+	  --set batch_size=$$((64 / $$ranks)) || exit; done
+	@for spec in analysis/reports/*.yaml; do $(BIN)/hpcsngd report runs/figures/* --spec $$spec \
+	  --out figures/$$(basename $$spec .yaml).html || echo "$$spec: no runs for it here"; done
 
 test: venv system ## every test, including those on a real Slurm
 	$(BIN)/python -m pytest $(T)

@@ -175,8 +175,8 @@ def surface_figure(landscape: pd.DataFrame, paths: pd.DataFrame) -> go.Figure:
     drawing = go.Figure(layout=layout(axis(""), axis("")))
     drawing.update_layout(
         scene={
-            "xaxis": {"title": {"text": _axis_title(landscape, "a")}},
-            "yaxis": {"title": {"text": _axis_title(landscape, "b")}},
+            "xaxis": {"title": {"text": "first axis"}},
+            "yaxis": {"title": {"text": "second axis"}},
             "zaxis": {"title": {"text": _loss_title(is_log)}},
         },
         margin={"l": 0, "r": 0, "t": 0, "b": 0},

@@ -587,10 +587,11 @@ class Resources(Strict):
 class Restart(Strict):
     """When a run that was stopped is put back in the queue by itself; Slurm only, local runs never are."""
 
-    on: list[Literal["timeout", "preempted", "node_failure", "hang"]] = Field(
+    on: list[Literal["timeout", "preempted", "node_failure", "hang", "killed"]] = Field(
         default=["preempted", "node_failure"]
     )
-    """Which ends start another attempt, from the newest checkpoint; an empty list: none."""
+    """Which ends start another attempt, from the newest checkpoint; an empty list: none. killed: a worker was
+    ended by a signal that nobody of us sent."""
     max_attempts: int = Field(default=10, ge=1)
     """How many attempts in a row there may be, the first one included."""
     hang_timeout_s: float | None = Field(default=None, gt=0)

@@ -247,13 +247,12 @@ def _fate(job_id: str) -> str:
 
 
 def fate(history: str) -> str:
-    """Returns ``REQUEUED``, ``PREEMPTED`` or ``KILLED`` by the last signal in the output of ``bhist -l``."""
+    """Returns ``REQUEUED`` or ``KILLED`` by the last request in the output of ``bhist -l``.
+
+    Sites that preempt by killing have LSF requeue the job or migrate it, which starts it again, too.
+    """
     found = _REQUEST.findall(re.sub(r"\n {15,}", "", history))
-    if found and "REQUEUE" in found[-1]:
-        return "REQUEUED"
-    if found and found[-1] in ("PREEMPT", "MIG"):
-        return "PREEMPTED"
-    return "KILLED"
+    return "REQUEUED" if found and ("REQUEUE" in found[-1] or "MIG" in found[-1]) else "KILLED"
 
 
 def _arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -106,10 +106,10 @@ def test_the_own_job_by_the_heads_word(tmp_path: Path, monkeypatch: pytest.Monke
     files = Control.begin(control.job_folder(tmp_path, "7"), WORK)
     monkeypatch.setenv(control.FOLDER, str(files.folder))
     assert jobs.own_job("7", timeout_s=1) is None
-    fates = {"RUNNING": "running", "REQUEUED": "restarting", "PREEMPTED": "preempted", "KILLED": "ending"}
+    fates = {"RUNNING": "running", "REQUEUED": "restarting", "KILLED": "ending"}
     for word, fate in fates.items():
         files.beat(Pulse(1, 100.0, 0, word))
-        job = jobs.own_job("7", timeout_s=1)
+        job = jobs.own_job("7", timeout_s=0.2)  # a head that is silent is not waited for
         assert job is not None
         assert (job.fate(0), job.left_s) == (fate, 100.0)
 
@@ -169,3 +169,15 @@ def test_the_script_is_bash_that_hands_everything_to_the_head(tmp_path: Path) ->
     assert (asked.launcher, asked.launcher_arg, asked.batch_host) == ("jsrun", ["--smpiargs=off"], "yes")
     assert head._sets(asked.sets) == settings.sets
     assert asked.join
+
+
+def test_the_heads_word_is_the_one_after_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Control.begin(control.job_folder(tmp_path, "7"), WORK)
+    monkeypatch.setenv(control.FOLDER, str(files.folder))
+    coming = iter([Pulse(4, 9.0, 0), Pulse(5, 8.0, 0), Pulse(6, 7.0, 0, "REQUEUED")])
+    monkeypatch.setattr(Control, "pulse", lambda _: next(coming))
+    job = jobs.own_job("7", timeout_s=30)
+    assert job is not None
+    assert (job.fate(0), job.left_s) == ("restarting", 7.0)

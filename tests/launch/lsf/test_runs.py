@@ -279,3 +279,19 @@ def test_the_dry_run_of_a_sweep_shows_the_array(configure: Configure, host: Host
     assert " -H " in line
     assert "%J_%I_lsf.out" in line
     assert "-m hpcsngd.launch.cell" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flavor", "how"), [("csm", "preempt"), ("ibm", "requeue")])
+def test_what_lsf_puts_back_itself_is_not_over(
+    play: Play, configure: Configure, flavor: str, how: str
+) -> None:
+    book = play(flavor, grace_s=10.0)
+    run = send(configure, site("stop"), nodes=1)
+    wait_until(lambda: len(reports(run)) == 2, "the start of the ranks")
+    book.ask("101", how)
+    wait_until(run.attempt(2).attempt_yaml.exists, "the second attempt")
+    assert rundir.read_yaml(run.attempt(1).ended_yaml)["next"] == "scheduler"
+    assert run.status() is None
+    cancel([run])
+    assert submit.wait(run, poll_s=0.5).state == "cancelled"
