@@ -178,13 +178,18 @@ def build_preconditioner(
             )
     given: dict[str, dict[str, Any]] = {
         "hylo": {"observe": wanted, "rank_shares": config.diagnostics.rank_shares},
-        "kfac": {"observe": wanted, "loss": config.loss.name},
+        "kfac": {"observe": wanted, **_kfac_loss(config.loss)},
     }
     if name != "ggt":  # draws nothing
         given.setdefault(name, {})["seed"] = seeds.derive(seed, "preconditioner")
     build: Callable[..., optim.Preconditioner] = optim.get(name)
     fields = _fields(config.preconditioner)
     return build(model, **fields, **given.get(name, {}), profile=config.diagnostics.profiling)
+
+
+def _kfac_loss(loss: schema.Loss) -> dict[str, str]:
+    """Returns K-FAC's argument ``loss``; none for Dice: its only Fisher matrix, the empirical, reads none."""
+    return {"loss": loss.name} if loss.name == "cross_entropy" else {}
 
 
 def _fields(config: Strict) -> dict[str, Any]:

@@ -197,3 +197,14 @@ def test_kfac_has_no_kernels_to_measure(name: str) -> None:
         build_preconditioner(
             net(), experiment(preconditioner={"name": "kfac"}, diagnostics={name: True}), seed=0
         )
+
+
+def test_kfac_is_built_for_dice_too() -> None:
+    changes = {
+        "task": "segmentation",
+        "model": {"name": "unet"},
+        "data": {"name": "lgg-mri"},
+        "loss": {"name": "dice"},
+    }
+    config = experiment(preconditioner={"name": "kfac"}, **changes)
+    assert build_preconditioner(net(), config, seed=0) is not None
