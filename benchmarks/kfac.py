@@ -211,8 +211,13 @@ def formula(options: dict[str, Any], ranks: int, rank: int, seen: Seen) -> tuple
     agree = 24 * len(seen.shapes) + 24 * len(items) + 8 * sum(shape[0] for shape, _ in items)
 
     def sent(shape: tuple[int, ...]) -> int:
-        whole = prod(shape) + prod(shape[:2]) if len(shape) == 3 else prod(shape)
-        return packed_numbers(shape) if options["inverse"] == "cholesky" else whole
+        is_eigen, panels = options["inverse"] == "eigen", range(0, shape[-1], 64)
+        if len(shape) == 3 and shape[-1] >= 384:
+            matrix = shape[0] * sum(min(64, shape[-1] - j) * (shape[-1] - j) for j in panels)
+            matrix += is_eigen * shape[0] * sum(min(64, shape[-1] - j) ** 2 for j in panels)
+        else:
+            matrix = prod(shape) if is_eigen and len(shape) == 3 else packed_numbers(shape)
+        return matrix + (prod(shape[:2]) if is_eigen and len(shape) == 3 else 0)
 
     column = grid.columns[grid.column_of(rank)]
     inverses = [sum(sent(shape) for shape, at in items if at == member) for member in column]

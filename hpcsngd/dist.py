@@ -8,7 +8,7 @@ backend can reach (gloo: CPU, nccl: the current GPU) and come back on the device
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -138,6 +138,12 @@ def make_team(teams: Sequence[Sequence[int]]) -> Team:
     return mine
 
 
+def all_ranks_apart() -> Team:
+    """Returns all ranks in a group of their own; every rank must call it."""
+    ranks = tuple(range(world_size()))
+    return Team(ranks, torch_dist.new_group(list(ranks)) if len(ranks) > 1 else None)
+
+
 def all_gather_rows(
     tensor: Tensor, sizes: Sequence[int] | None = None, team: Team | None = None
 ) -> list[Tensor]:
@@ -166,19 +172,34 @@ def all_gather_rows(
     return [gathered[source, :size] for source, size in enumerate(sizes)]
 
 
-def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """Sends ``parts[r]`` to rank r and returns what every rank sent here, in rank order.
+def begin_all_to_all(
+    parts: Sequence[Tensor], sizes: Sequence[int], team: Team | None = None
+) -> Callable[[], list[Tensor]]:
+    """Begins to send ``parts[r]`` to rank r; what it returns waits for what every rank sent here.
 
     Args:
         parts: one for each rank, of one dimension and one dtype; lengths may differ.
         sizes: how many numbers each rank sends here.
+        team: of all ranks; one with a group of its own (`all_ranks_apart`) lets other collectives begin and
+            end in between, in another order on every rank. Default: the group of everything else.
     """
     if not is_initialized():
-        return list(parts)
+        return lambda: list(parts)
     carrier = _to_wire(torch.cat(list(parts)))
-    received = carrier.new_empty(sum(sizes))
-    torch_dist.all_to_all_single(received, carrier, list(sizes), [len(part) for part in parts])
-    return list(torch.split(received.to(parts[0].device), list(sizes)))
+    received, lengths = carrier.new_empty(sum(sizes)), [len(part) for part in parts]
+    group = None if team is None else team.group
+    work = torch_dist.all_to_all_single(received, carrier, list(sizes), lengths, group=group, async_op=True)
+
+    def finish() -> list[Tensor]:
+        work.wait()
+        return list(torch.split(received.to(parts[0].device), list(sizes)))
+
+    return finish
+
+
+def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Sends ``parts[r]`` to rank r and returns what every rank sent here; see `begin_all_to_all`."""
+    return begin_all_to_all(parts, sizes)()
 
 
 def broadcast_object(value: T | None, src: int = 0) -> T:

@@ -243,6 +243,20 @@ _ALL = (
         doc="Approximate against exact preconditioned gradient on one batch; with diagnostics.grad_error.",
     ),
     Table(
+        "strength",
+        ("step", "layer"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            _LAYER,
+            Column("strength", "float", "", "|damping v - g| / |g|: 0 where v is nothing but g over damping"),
+            Column("mean_eigenvalue", "float", "", "mean eigenvalue of the layer's curvature"),
+            Column("damping", "float", "", "damping that v was computed with"),
+        ),
+        doc="How much K-FAC's curvature changes each layer's gradient g; with diagnostics.strength.",
+    ),
+    Table(
         "quantify",
         ("step",),
         (

@@ -18,7 +18,7 @@ else:
     _ParamType = click.ParamType  # not a generic before click 8.2
 
 RESOURCE_OPTIONS = ("nodes", "gpus_per_node", "ranks_per_node", "walltime")
-DIAGNOSTICS = ("profiling", "rank_analysis", "grad_norm", "grad_error")
+DIAGNOSTICS = ("profiling", "rank_analysis", "grad_norm", "grad_error", "strength")
 
 
 class _Name(_ParamType):

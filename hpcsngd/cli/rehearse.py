@@ -16,7 +16,7 @@ from hpcsngd.errors import EXIT_RUN_FAILED
 if TYPE_CHECKING:
     from hpcsngd.launch.rehearse.scenes import Check
 
-_SCENES = ("policy", "completion", "restarts", "failure")
+_SCENES = ("policy", "completion", "preemption", "limit", "failure")
 
 
 @click.command()

@@ -393,6 +393,8 @@ class KFAC(Strict):
     """Let one rank hold both factors of a layer."""
     stagger: bool = False
     """Update some layers at each step instead of all of them every `inverse_every` steps."""
+    overlap: bool = True
+    """Sum factors over the ranks while the backward pass runs."""
     skip: list[str] = Field(default_factory=list)
     """Regular expressions of module names that are left to the optimizer alone."""
 
@@ -561,6 +563,8 @@ class Diagnostics(Strict):
     """Gradient norm of each covered layer, every step."""
     grad_error: bool = False
     """Approximate against exact preconditioned gradient, at each refresh."""
+    strength: bool = False
+    """How much K-FAC's curvature changes each layer's gradient, at each refresh."""
     quantify_every: int = Field(default=0, ge=0)
     """Steps between measurements of how much is preconditioned (scaling and rotation); 0: never."""
     tensorboard: bool = False
@@ -583,10 +587,11 @@ class Resources(Strict):
 class Restart(Strict):
     """When a run that was stopped is put back in the queue by itself; Slurm only, local runs never are."""
 
-    on: list[Literal["timeout", "preempted", "node_failure", "hang"]] = Field(
+    on: list[Literal["timeout", "preempted", "node_failure", "hang", "killed"]] = Field(
         default=["preempted", "node_failure"]
     )
-    """Which ends start another attempt, from the newest checkpoint; an empty list: none."""
+    """Which ends start another attempt, from the newest checkpoint; an empty list: none. killed: a worker was
+    ended by a signal that nobody of us sent."""
     max_attempts: int = Field(default=10, ge=1)
     """How many attempts in a row there may be, the first one included."""
     hang_timeout_s: float | None = Field(default=None, gt=0)

@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from submitit.core.utils import FailedSubmissionError
@@ -36,6 +37,9 @@ class Array(Protocol):
     @property
     def script(self) -> str:
         """Returns the text that the scheduler runs."""
+
+    def command_line(self, script: Path) -> list[str]:
+        """Returns the scheduler's command with options that are not in the script; empty if all are."""
 
     def send(self) -> str:
         """Submits the array and returns its job id.
@@ -91,6 +95,10 @@ class SlurmArray(SlurmSiteExecutor):
     def _submitit_command_str(self) -> str:
         return _command(self.python, self._sweep, self._number)
 
+    def command_line(self, script: Path) -> list[str]:
+        """Returns nothing: sbatch reads the script's directives."""
+        return []
+
     def send(self) -> str:
         """Submits the array and returns its job id; see `Array.send`."""
         self._sweep.submit_dir.mkdir(parents=True, exist_ok=True)
@@ -111,6 +119,10 @@ class LsfArray(LsfSiteExecutor):
     @property
     def _submitit_command_str(self) -> str:
         return _command(self.python, self._sweep, self._number)
+
+    def command_line(self, script: Path) -> list[str]:
+        """Returns the words of bsub for a script."""
+        return self.bsub_words(script, array=self._count)
 
     def send(self) -> str:
         """Submits the array and returns its job id; see `Array.send`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 from hpcsngd.config.resolve import Resolved
@@ -50,6 +51,17 @@ LSF: dict[str, str] = {
     "r": "experiment.restart.on",
     "rn": "experiment.restart.on",
 }
+_HEAD: dict[str, tuple[str, str]] = {
+    "nodes": (_NODES, "compute hosts that there must be"),
+    "tasks-per-node": ("site.launch.mode", "agents on each"),
+    "limit-min": (_WALLTIME, "the run limit, by the head's own clock"),
+    "warning-s": ("site.stop_margin_s", "tasks are warned so long before it"),
+    "launcher": ("site.launch.launcher", "what starts the agents"),
+    "batch-host": ("site.scheduler.batch_host", "whether the first host is no compute node"),
+    "launcher-arg": ("site.launch.args", "more words for the launcher"),
+    "sets": (_SETS, "jsrun's -r, -a, -g, -c, -b"),
+    "straggler-s": ("hpcsngd", "after a failed agent the others have so long"),
+}
 _JSRUN: dict[str, tuple[str, str]] = {
     "-n": (_NODES, "resource sets in all"),
     "-r": (_SETS, "resource sets per node; a set never spans nodes"),
@@ -90,6 +102,17 @@ def _first(keys: str, resolved: Resolved) -> tuple[str, str]:
         if resolved.origins.get(key, "default") != "default":
             return key, resolved.origins[key]
     return names[-1], resolved.origins.get(names[-1], "")
+
+
+def head(script: str, resolved: Resolved) -> list[str]:
+    """Returns one line per option of the head in an LSF job's script: what it is, and where it comes from."""
+    rows = []
+    for option, value in re.findall(r"(?<= )--([a-z-]+)=(\S+)", script):
+        if option in _HEAD:
+            keys, text = _HEAD[option]
+            key, where = _first(keys, resolved)
+            rows.append(f"{f'--{option}={value}':<36} {text:<44} {key:<36} {where}".rstrip())
+    return rows
 
 
 def jsrun(made: Plan, words: Sequence[str], resolved: Resolved) -> list[str]:

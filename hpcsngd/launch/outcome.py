@@ -40,7 +40,8 @@ class Ending:
     """How an attempt ended.
 
     Attributes:
-        cause: ``timeout``, ``preempted``, ``cancelled``, ``node_failure``, ``hang`` or ``failed``.
+        cause: ``timeout``, ``preempted``, ``cancelled``, ``node_failure``, ``hang``, ``killed`` (where a run
+            may go on after that) or ``failed``.
         state: one of `rundir.STATES`.
         reason: one line.
         fault: the first fault, if any.
@@ -177,10 +178,16 @@ def _failed(context: Context, ended: Ended, stop: Stop) -> Ending | None:
         record_fault(context, cause)
         faults = context.attempt.faults()
     first = faults[0]
-    if not _speaks(context, silent) and (first.is_echo or first.kind in _RESTARTABLE):
+    restartable = _restartable(context)
+    if not _speaks(context, silent) and (first.is_echo or first.kind in restartable):
         return None
-    kind = first.kind if first.kind in _RESTARTABLE else "failed"
+    kind = first.kind if first.kind in restartable else "failed"
     return Ending(kind, _STATE_OF_KIND.get(first.kind, "failed"), first.line(), first)
+
+
+def _restartable(context: Context) -> tuple[str, ...]:
+    """Returns the kinds of faults after which a run may go on: one agent then acts for all."""
+    return (*_RESTARTABLE, "killed") if "killed" in context.plan.restart_on else _RESTARTABLE
 
 
 def _is_kill(cause: verdict.Verdict) -> bool:
@@ -223,7 +230,7 @@ def _speaks(context: Context, silent: Sequence[Beat]) -> bool:
 def _finish(context: Context, ending: Ending) -> None:
     """Sends the run into its next attempt, or writes how it ended."""
     if not context.place.is_leader:
-        if ending.cause in ("failed", *_RESTARTABLE):
+        if ending.cause in ("failed", *_restartable(context)):
             _finish_for_others(context, ending)
         return  # a stop: the first agent to leave must not have the launcher end agent 0
     against = requeue.refusal(
@@ -253,7 +260,8 @@ def _finish(context: Context, ending: Ending) -> None:
 
 def _finish_for_others(context: Context, ending: Ending) -> None:
     """Writes a failure for agent 0, who may be gone; a node's failure is the scheduler's to restart."""
-    if ending.cause in context.plan.restart_on:
+    # a killed agent 0 is nothing to the scheduler, and the launcher ends this agent soon
+    if ending.cause in context.plan.restart_on and ending.cause != "killed":
         facts = {"state": ending.state, "cause": ending.cause, "reason": ending.reason}
         rundir.write_yaml(context.attempt.ended_yaml, {**facts, "utc": rundir.utc_now(), "next": "scheduler"})
         return

@@ -6,18 +6,27 @@ long as the queue; on a local site it takes seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcsngd.errors import PreflightError
+from submitit.core.utils import CommandFunction, FailedSubmissionError
+
+from hpcsngd.errors import PreflightError, SchedulerError
 from hpcsngd.launch import commands, environment, verdict
+from hpcsngd.launch.executors import LsfSiteExecutor
+from hpcsngd.launch.lsf import request
 from hpcsngd.launch.plan import Plan
 
 QUEUE_S = 300
 """How long a probe may wait for a node."""
 RUN_S = 120
+LSF_MIN = 5
+POLL_S = 0.5
 
 _TEXT = (
     "import sys, torch, hpcsngd.train.worker; "
@@ -51,6 +60,18 @@ def probe(made: Plan, folder: Path) -> str:
     Raises:
         PreflightError: torch cannot be imported there, or no node was free in time; with the cause.
     """
+    if made.scheduler == "lsf":
+        status, lines = _on_lsf(made, folder)
+    else:
+        status, lines = _here_or_by_srun(made, folder)
+    told = [line for line in lines if line.startswith("probe: ")]
+    if status or not told:
+        raise PreflightError(_explain(lines, status))
+    return told[-1].removeprefix("probe: ")
+
+
+def _here_or_by_srun(made: Plan, folder: Path) -> tuple[int, list[str]]:
+    """Returns the exit status of the probe and what it printed."""
     words = command(made, folder)
     shared = environment.worker_environment(os.environ, made)
     try:
@@ -69,12 +90,44 @@ def probe(made: Plan, folder: Path) -> str:
         raise PreflightError(f"the probe cannot be started: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise PreflightError(f"the probe did not end within {QUEUE_S + RUN_S} s") from error
-    told = [line for line in done.stdout.splitlines() if line.startswith("probe: ")]
-    if done.returncode or not told:
-        raise PreflightError(
-            _explain([*done.stdout.splitlines(), *done.stderr.splitlines()], done.returncode)
-        )
-    return told[-1].removeprefix("probe: ")
+    return done.returncode, [*done.stdout.splitlines(), *done.stderr.splitlines()]
+
+
+def one_lsf_node(made: Plan) -> Plan:
+    """Returns the plan of a short job on one host of an LSF site that asks for the same otherwise."""
+    asked = {**made.directives, "J": "hpcsngd-probe", "W": request.walltime(LSF_MIN)}
+    if "nnodes" in asked:
+        asked["nnodes"] = 1
+    elif "n" in asked:
+        asked["n"] = int(asked["n"]) // made.nodes
+    return dataclasses.replace(
+        made,
+        nodes=1,
+        mode="torchrun",  # one agent per node, so one task
+        walltime_min=LSF_MIN,
+        launcher="none" if made.launcher in ("blaunch", "lsrun") else made.launcher,
+        resource_sets=None,
+        directives=asked,
+    )
+
+
+def _on_lsf(made: Plan, folder: Path) -> tuple[int, list[str]]:
+    """Returns the same of a probe that is a job: only the job's own hosts are like those of the run."""
+    inside = commands.wrap(made, str(folder), [made.python, "-c", _TEXT])
+    with tempfile.TemporaryDirectory(prefix=".hpcsngd-probe-", dir=folder) as place:
+        executor = LsfSiteExecutor(Path(place), one_lsf_node(made))
+        try:
+            job = executor.submit(CommandFunction(inside, verbose=False))
+        except (FailedSubmissionError, SchedulerError) as error:
+            raise PreflightError(f"the probe cannot be started: {error}") from error
+        deadline = time.monotonic() + QUEUE_S + RUN_S
+        while not job.done():
+            if time.monotonic() > deadline:
+                job.cancel(check=False)
+                raise PreflightError(f"the probe did not end within {QUEUE_S + RUN_S} s")
+            time.sleep(POLL_S)
+        failure = job.exception()
+        return (1, str(failure).splitlines()) if failure else (0, str(job.result()).splitlines())
 
 
 def _explain(lines: Sequence[str], exit_status: int) -> str:

@@ -21,6 +21,8 @@ from hpcsngd.rundir import RunDir
 
 _SHOWN = 30
 """Longer values of options are not repeated where their causes are listed."""
+SCRIPT = "SCRIPT.sh"
+"""Stands for the name of the script, which is made at submission."""
 RUN_DIR = "RUN_DIR"
 """Stands for the run directory's name, which is made at submission."""
 
@@ -84,7 +86,7 @@ def _objections(resolved: Resolved, host: Host) -> list[str]:
     return [f"# a submission from here would be refused: {words}" for words in found]
 
 
-def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[str]:
+def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str, bsub: Sequence[str] = ()) -> list[str]:
     """Returns the blocks of a dry run: what is sent, what each node runs, and where all of it comes from.
 
     Args:
@@ -92,6 +94,7 @@ def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[st
         made: its plan.
         run_dir: the run directory.
         sent: the batch script, or the command that is started on this machine.
+        bsub: bsub's command line; default: that of a single run.
     """
     if made.scheduler == "slurm":
         blocks = [
@@ -99,7 +102,7 @@ def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[st
             "# --- where it comes from\n" + explain(sent, resolved),
         ]
     elif made.scheduler == "lsf":
-        blocks = _lsf(resolved, made, run_dir, sent)
+        blocks = _lsf(resolved, made, run_dir, sent, bsub)
     else:
         blocks = [f"# --- started on this machine, in a session of its own\n{sent}"]
     return [
@@ -119,10 +122,10 @@ def explain(text: str, resolved: Resolved) -> str:
     return "\n".join(rows)
 
 
-def _lsf(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[str]:
+def _lsf(resolved: Resolved, made: Plan, run_dir: Path, sent: str, bsub: Sequence[str]) -> list[str]:
     """Returns bsub's command line, the script, and what starts the agents, each with its causes."""
     submit_dir = RunDir(run_dir).submit_dir
-    words = LsfSiteExecutor(submit_dir, made).bsub_words(submit_dir / "SCRIPT.sh")
+    words = bsub or LsfSiteExecutor(submit_dir, made).bsub_words(submit_dir / SCRIPT)
     hosts = [f"HOST{number}" for number in range(made.nodes)]
     started = launchers.commands(
         made.launcher,
@@ -137,6 +140,7 @@ def _lsf(resolved: Resolved, made: Plan, run_dir: Path, sent: str) -> list[str]:
         f"# --- submitted with\n{shlex.join(words)}",
         "# --- where it comes from\n" + explain_bsub(words, resolved),
         f"# --- script that LSF runs {where}\n{sent.rstrip()}",
+        "# --- where it comes from\n" + "\n".join(causes.head(sent, resolved)),
         "# --- it starts agents on the compute nodes with\n" + "\n".join(map(shlex.join, started)),
     ]
     return [*blocks, "# --- where it comes from\n" + "\n".join(why)] if why else blocks

@@ -39,14 +39,16 @@ def dry_run(
     head = [_headline(placed, due, place), _cells(placed)]
     if not due:
         return "\n\n".join(head) + "\n"
+    bsub: list[str] = []
     first, parallel = due[0], due[0].cell.resolved.site.scheduler.parallel_cells
     if first.plan.scheduler == "local":
         sent = shlex.join(cells.command(place, place.next_array(), parallel or 1))
     else:
         group = [each for each in due if arrays.key(each.plan) == arrays.key(first.plan)]
         asked = dataclasses.replace(first.plan, directives=first.plan.directives | dict(directives or {}))
-        sent = arrays.executor(place, place.next_array(), asked, len(group), parallel=parallel).script
-    blocks = scripts.details(first.cell.resolved, first.plan, first.run.path, sent)
+        array = arrays.executor(place, place.next_array(), asked, len(group), parallel=parallel)
+        sent, bsub = array.script, array.command_line(place.submit_dir / scripts.SCRIPT)
+    blocks = scripts.details(first.cell.resolved, first.plan, first.run.path, sent, bsub)
     return "\n\n".join([*head, f"# the first cell, {first.run.name}:", *blocks]) + "\n"
 
 

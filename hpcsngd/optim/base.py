@@ -61,6 +61,17 @@ class Preconditioner(ABC):
             lr: learning rate of the coming step.
         """
 
+    def begin_step(self, sample_scale: float | None = None, micro_batches: int = 1) -> None:  # noqa: B027
+        """Tells what `step` will be given, before the first forward pass of the step.
+
+        A method may then send what it captures while the backward pass still runs. Optional: without it, it
+        sends in `step`.
+
+        Args:
+            sample_scale: the argument of the coming `step`; finite and the same on every rank.
+            micro_batches: how many forward and backward passes there will be.
+        """
+
     def before_backward(self, outputs: Tensor) -> None:  # noqa: B027 - a method may not care
         """Shows the model's outputs, after each forward pass and before its backward pass.
 

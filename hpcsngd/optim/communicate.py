@@ -6,7 +6,7 @@ and nothing is counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -69,25 +69,17 @@ class Communicator:
 
     def sum_numbers(self, phase: str, numbers: Sequence[int]) -> list[int]:
         """Returns the element-wise sum over the ranks."""
-        if not numbers or self.world_size == 1:
-            return list(numbers)
-        local = torch.tensor(numbers, dtype=torch.int64)
-        self._count(phase, "all_reduce", local.nbytes)
-        total: list[int] = dist.all_reduce_sum(local).tolist()
-        return total
+        totals: list[int] = self.sum_tensor(phase, torch.tensor(numbers, dtype=torch.int64)).tolist()
+        return totals
 
     def sum_floats(self, phase: str, numbers: Sequence[float]) -> list[float]:
         """Returns the element-wise sum over the ranks, in float64."""
-        if not numbers or self.world_size == 1:
-            return list(numbers)
-        local = torch.tensor(numbers, dtype=torch.float64)
-        self._count(phase, "all_reduce", local.nbytes)
-        total: list[float] = dist.all_reduce_sum(local).tolist()
-        return total
+        totals: list[float] = self.sum_tensor(phase, torch.tensor(numbers, dtype=torch.float64)).tolist()
+        return totals
 
     def sum_tensor(self, phase: str, tensor: Tensor) -> Tensor:
-        """Returns the sum over the ranks."""
-        if self.world_size == 1:
+        """Returns the sum over the ranks; of nothing, or on one rank, nothing travels."""
+        if self.world_size == 1 or not tensor.numel():
             return tensor
         self._count(phase, "all_reduce", tensor.nbytes)
         return dist.all_reduce_sum(tensor.clone())
@@ -95,35 +87,58 @@ class Communicator:
     def sum_at_owners(
         self, phase: str, tensors: Sequence[Tensor], owners: Sequence[int]
     ) -> list[Tensor | None]:
-        """Returns the sum over the ranks of each tensor on its owner, in rank order; None elsewhere.
+        """Returns the sum over the ranks of each tensor on its owner; see `begin_sum_at_owners`."""
+        return self.begin_sum_at_owners(phase, tensors, owners)()
 
-        What a rank has of its own does not travel and is not counted.
+    def begin_sum_at_owners(
+        self,
+        phase: str,
+        tensors: Sequence[Tensor],
+        owners: Sequence[int],
+        *,
+        op: str = "all_to_all",
+        team: dist.Team | None = None,
+    ) -> Callable[[], list[Tensor | None]]:
+        """Begins to sum tensors at their owners; what it returns waits for the sums, None elsewhere.
+
+        Terms are added in rank order. What a rank has of its own does not travel and is not counted.
 
         Args:
             phase: what the bytes are counted for.
             tensors: this rank's, of one dimension and one dtype, alike on every rank but for the numbers.
             owners: the rank of each.
+            op: what the bytes are counted as.
+            team: see `dist.begin_all_to_all`.
         """
         if self.world_size == 1 or not tensors:
-            return list(tensors)
-        mine = [index for index, owner in enumerate(owners) if owner == self.rank]
-        parts = [tensors[0].new_empty(0)] * self.world_size
-        for target in set(owners) - {self.rank}:
+            return lambda: list(tensors)
+        rank, empty = self.rank, tensors[0].new_empty(0)
+        mine = [index for index, owner in enumerate(owners) if owner == rank]
+        parts = [empty] * self.world_size
+        for target in set(owners) - {rank}:
             parts[target] = torch.cat(
                 [t for t, owner in zip(tensors, owners, strict=True) if owner == target]
             )
         lengths = [len(tensors[index]) for index in mine]
-        sizes = [0 if source == self.rank else sum(lengths) for source in range(self.world_size)]
-        self._count(phase, "all_to_all", sum(part.nbytes for part in parts))
-        received = dist.all_to_all(parts, sizes)
-        total = tensors[0].new_zeros(sum(lengths))
-        for source, part in enumerate(received):
-            own = torch.cat([total[:0], *(tensors[index] for index in mine)])
-            total += own if source == self.rank else part
-        result: list[Tensor | None] = [None] * len(tensors)
-        for index, summed in zip(mine, torch.split(total, lengths), strict=True):
-            result[index] = summed
-        return result
+        sizes = [0 if source == rank else sum(lengths) for source in range(self.world_size)]
+        self._count(phase, op, sum(part.nbytes for part in parts))
+        own = torch.cat([empty, *(tensors[index] for index in mine)])
+        receive = dist.begin_all_to_all(parts, sizes, team)
+
+        def finish() -> list[Tensor | None]:
+            total = torch.zeros_like(own)
+            for source, part in enumerate(receive()):
+                total += own if source == rank else part
+            result: list[Tensor | None] = [None] * len(owners)
+            for index, summed in zip(mine, torch.split(total, lengths), strict=True):
+                result[index] = summed
+            return result
+
+        return finish
+
+    def apart(self) -> dist.Team:
+        """Returns the team of all ranks with a group of their own; every rank must call it."""
+        return dist.Team((0,)) if self._alone else dist.all_ranks_apart()
 
     def team(self, teams: Sequence[Sequence[int]]) -> dist.Team:
         """Returns the team that this rank is in; every rank must call it with the same teams."""

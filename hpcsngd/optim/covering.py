@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias, get_args
 
 from torch import nn
 
+from hpcsngd import dist
 from hpcsngd.optim.layers import CoveredModule, Layer
 
 #: A regular expression for module names, the name of a module class, or a module class.
@@ -142,3 +144,10 @@ def _lineage(name: str) -> list[str]:
     """Returns the names of the model, of every module around the one called ``name``, and its own."""
     parts = name.split(".") if name else []
     return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def tell_skipped(logger: logging.Logger, skipped: Mapping[str, str]) -> None:
+    """Logs what a preconditioner leaves to the optimizer, and why, on rank 0."""
+    if skipped and dist.rank() == 0:
+        text = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        logger.info("left to the base optimizer: %s", text)

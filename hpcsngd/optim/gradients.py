@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -14,6 +15,23 @@ from hpcsngd.optim.layers import Layer
 
 #: What becomes of a preconditioned gradient v: nothing; damping * v; v with the plain gradient's norm.
 Rescale = Literal["none", "damping", "norm"]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Layers that were preconditioned together.
+
+    Attributes:
+        names: of the layers.
+        grads: what was preconditioned, ``(layers, d_out, d_in)``, or ``(layers, groups, d_out, d_in)``.
+        results: the same shape.
+        damping: that all of them have.
+    """
+
+    names: list[str]
+    grads: Tensor
+    results: Tensor
+    damping: float
 
 
 class HasParameters(Protocol):

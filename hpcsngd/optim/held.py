@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.curvature import SampleCurvature
+from hpcsngd.optim.gradients import Solved
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.owners import Owners
-from hpcsngd.optim.stacks import Solved, Stacks
+from hpcsngd.optim.stacks import Stacks
 from hpcsngd.optim.stopwatch import Stopwatch
 
 

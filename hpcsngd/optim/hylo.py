@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcsngd import dist
 from hpcsngd.optim import verify
 from hpcsngd.optim.base import Preconditioner, Schedule
 from hpcsngd.optim.calendar import Calendar
@@ -31,9 +30,9 @@ from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
 from hpcsngd.optim.checks import check_progress
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.covering import Skip, find_layers
+from hpcsngd.optim.covering import Skip, find_layers, tell_skipped
 from hpcsngd.optim.curvature import Complement
-from hpcsngd.optim.gradients import KlClip, Rescale, gradient_matrices, rescaled, write_gradients
+from hpcsngd.optim.gradients import KlClip, Rescale, Solved, gradient_matrices, rescaled, write_gradients
 from hpcsngd.optim.held import Curvatures
 from hpcsngd.optim.hybrid import SwitchRule
 from hpcsngd.optim.observe import SHARES, Observer
@@ -44,7 +43,6 @@ from hpcsngd.optim.refresh import Moment, Outcome, Refresher, spread_refreshes
 from hpcsngd.optim.samplescale import LossReduction, SampleScale
 from hpcsngd.optim.schedules import EpochDamping
 from hpcsngd.optim.sketches import Plain, Scope
-from hpcsngd.optim.stacks import Solved
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -223,9 +221,7 @@ class HyLo(Preconditioner):
         )
         self._record = StepRecord(0, False, self._damping, 0, method=self._used)
         self._closed, self._profile = False, profile
-        if self.skipped and dist.rank() == 0:
-            text = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-            logger.info("left to the base optimizer: %s", text)
+        tell_skipped(logger, self.skipped)
 
     def set_progress(self, epoch: float, lr: float) -> None:
         """Tells how far training is; call it before every ``step()``.

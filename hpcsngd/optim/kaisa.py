@@ -13,13 +13,17 @@ COMM-OPT (every rank preconditions every layer), ``1 / P`` its MEM-OPT, what lie
 
 Bytes that a rank hands to collectives, with e bytes a number, L layers, n factors, of T numbers in the
 triangle of a factor's matrix or in its diagonal, of which I are sent of its inverse (Cholesky: T; eigen:
-``d^2 + d``, or d of a diagonal), B blocks; and D numbers in a layer's gradient:
+``d^2 + d``, or d of a diagonal; large ones as they are kept, `hpcsngd.optim.kfac_halves`), B blocks; and D
+numbers in a layer's gradient:
 
     factor update     e (sum of T over the factors held elsewhere)                    all_to_all
                       24 L + 8 n: counts and faults                                   2 all_reduces
     inverse update    e max over its column of (sum of I that a rank holds)           all_gather in the column
                       8 sum of B + 16 n: mean eigenvalues, failures                   2 all_reduces
     step              e max over its row of (sum of D of a rank's column)             all_gather in the row
+
+Where `KFAC.begin_step` announces the step, the all_to_alls are begun in the backward pass and counted as
+all_to_all_async, as far as the layers' gradients come there; layers without samples then send zeros.
 
 A group of one rank sends nothing, so there is no inverse to send with ``fraction = 1 / P`` and no gradient
 with 1. With factors of one rank's own samples (``"local"``) the first line is 0.
@@ -98,9 +102,9 @@ class Role:
     holders: tuple[int, ...]
 
 
-def factor_cost(shape: Sequence[int], cost: Cost) -> int:
-    """Returns what it takes to invert or to keep a factor, ``(blocks, d, d)`` or ``(blocks, d)``."""
-    return prod(shape) * (shape[-1] if len(shape) == 3 and cost == "compute" else 1)
+def inversion_cost(shape: Sequence[int]) -> int:
+    """Returns what it takes to invert a factor, ``(blocks, d, d)`` or ``(blocks, d)``, in products."""
+    return prod(shape) * (shape[-1] if len(shape) == 3 else 1)
 
 
 def place(costs: Mapping[str, Sequence[int]], grid: Grid, *, colocate: bool) -> dict[str, Role]:

@@ -22,28 +22,27 @@ from hpcsngd.optim import kfac_verify
 from hpcsngd.optim.base import Preconditioner, Schedule
 from hpcsngd.optim.checks import check_progress
 from hpcsngd.optim.communicate import Communicator
-from hpcsngd.optim.covering import Skip
-from hpcsngd.optim.gradients import KlClip, Rescale, layer_gradients, rescaled
-from hpcsngd.optim.kaisa import Cost, Grid, factor_cost, place
+from hpcsngd.optim.covering import Skip, tell_skipped
+from hpcsngd.optim.gradients import KlClip, Rescale
+from hpcsngd.optim.kaisa import Cost, Grid, inversion_cost, place
+from hpcsngd.optim.kfac_apply import Applier
+from hpcsngd.optim.kfac_collect import Collector
 from hpcsngd.optim.kfac_covering import find_covered
 from hpcsngd.optim.kfac_curvature import Curvature
-from hpcsngd.optim.kfac_exchange import Reducer, Scope
+from hpcsngd.optim.kfac_exchange import Scope
 from hpcsngd.optim.kfac_inverse import InverseKind
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.kfac_options import DtypeName, Options, as_dtype
-from hpcsngd.optim.kfac_stacks import Solved
 from hpcsngd.optim.kfac_timetable import Timetable
-from hpcsngd.optim.kfac_watch import Watch
 from hpcsngd.optim.records import (
     Communication,
     Fallback,
     LayerCheck,
-    LayerStrength,
     Memory,
     PhaseTime,
     StepRecord,
 )
-from hpcsngd.optim.samplescale import LossReduction, SampleScale
+from hpcsngd.optim.samplescale import LossReduction
 from hpcsngd.optim.schedules import EpochDamping
 from hpcsngd.optim.stopwatch import Stopwatch
 
@@ -51,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 Observable = Literal["strength"]
 
-_STATE_FORMAT = "kfac/1"
+_STATE_FORMAT = "kfac/2"
 
 #: Multiplications of a matrix product that take as long as a decomposition, in side^3.
 DECOMPOSITION = {"eigen": 20, "cholesky": 2}
@@ -80,8 +79,8 @@ class KFAC(Preconditioner):
     event is logged with layer and step, and counted in `diagnostics`. A layer that no sample used keeps
     everything and is not a failure.
 
-    Phases (``profile``): ``capture`` computes factors, inside the hooks; ``reduce`` communicates them;
-    ``invert``; ``precondition``.
+    Phases (``profile``): ``capture`` computes factors, inside the hooks, ``reduce`` communicates them;
+    ``invert`` computes inverses, ``broadcast`` communicates them; ``precondition``.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper (names are those inside it).
@@ -125,6 +124,8 @@ class KFAC(Preconditioner):
         stagger: whether to update some layers at each step instead of all of them every ``inverse_every``
             steps (a whole multiple of ``factor_every``), so that no step but the first is slow
             (`hpcsngd.optim.kfac_timetable`).
+        overlap: whether factors are summed over the ranks while the backward pass runs, in steps that
+            `begin_step` announces. Results are the same bit for bit.
         communicator: does the exchange with other ranks; default: with all of them.
         profile: whether to time the phases (waits for the GPU at each).
         observe: ``"strength"`` for `hpcsngd.optim.records.LayerStrength`.
@@ -163,6 +164,7 @@ class KFAC(Preconditioner):
         placement_cost: Cost = "compute",
         colocate: bool = True,
         stagger: bool = False,
+        overlap: bool = True,
         communicator: Communicator | None = None,
         profile: bool = False,
         observe: Collection[str] = (),
@@ -194,40 +196,45 @@ class KFAC(Preconditioner):
             placement_cost=placement_cost,
             colocate=colocate,
             stagger=stagger,
+            overlap=overlap,
         )
         unknown = sorted(set(observe) - set(get_args(Observable)))
         if unknown:
             raise ValueError(f"observe={unknown}: KFAC knows {', '.join(get_args(Observable))}")
-        self._scale, self._kl_clip = SampleScale(loss_reduction, accumulation_steps), KlClip(kl_clip)
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._layers, self.skipped = find_covered(self._model, skip, sharing, largest_factor)
         self._stopwatch, self._communicator = Stopwatch(profile), communicator or Communicator()
-        self._watch = Watch(self._layers, self._stopwatch, dtype, pushes=fisher != "empirical")
         grid = Grid.of_fraction(self._communicator.world_size, grad_worker_fraction)
         self._roles = place(self._costs(), grid, colocate=colocate)
+        self._collector = Collector(self._layers, options, self._communicator, self._roles, self._stopwatch)
         self._curvature = Curvature(
             self._layers,
             options.inverter(),
             self._communicator,
             grid,
             self._roles,
+            stopwatch=self._stopwatch,
             dtype=dtype,
             factor_dtype=as_dtype("factor_dtype", factor_dtype),
             is_corrected=bias_correction,
         )
         names = [layer.name for layer in self._layers]
         self._timetable = Timetable(names, factor_every, inverse_every, stagger=stagger)
-        self._observes = frozenset(observe)
-        self._strengths: dict[str, tuple[Tensor, float]] = {}
+        self._applier = Applier(
+            self._layers,
+            self._curvature,
+            self._collector.watch.dtype,
+            rescale=rescale,
+            kl_clip=KlClip(kl_clip),
+            observes="strength" in observe,
+        )
         self._progress: tuple[float, float] | None = None
-        self._step = self._failures = self._pushes = 0
+        self._step = self._failures = 0
         self._damping = options.damping_at(0.0, 0)
         self._closed = False
-        self._watch_if_due()
+        self._expect()
         self._record = StepRecord(0, False, self._damping, 0, method=inverse)
-        if self.skipped and dist.rank() == 0:
-            text = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-            logger.info("left to the base optimizer: %s", text)
+        tell_skipped(logger, self.skipped)
 
     def set_progress(self, epoch: float, lr: float) -> None:
         """Tells how far training is; call it before every ``step()``.
@@ -242,24 +249,21 @@ class KFAC(Preconditioner):
         check_progress(epoch, lr)
         self._progress = (float(epoch), float(lr))
 
+    def begin_step(self, sample_scale: float | None = None, micro_batches: int = 1) -> None:
+        """See `Preconditioner.begin_step`; without ``overlap``, or on one rank, there is nothing to tell.
+
+        Raises:
+            ValueError: a number out of its range.
+        """
+        self._collector.begin_step(sample_scale, micro_batches)
+
     def before_backward(self, outputs: Tensor) -> None:
         """Sends the gradients of ``fisher`` through the graph; does nothing for the empirical one.
 
         Args:
             outputs: of the model, with their graph, samples first; see `hpcsngd.optim.fisher` for shapes.
         """
-        if not self._watch.is_waiting:
-            return
-        options = self._options
-        with self._stopwatch.phase("capture"), torch.autocast(outputs.device.type, enabled=False):
-            if options.fisher == "type-2":
-                gradients = fishers.columns(options.loss, outputs, options.loss_reduction)
-            else:
-                generator = self._generator(outputs.device)
-                count = options.mc_samples
-                gradients = fishers.draws(options.loss, outputs, options.loss_reduction, count, generator)
-            self._watch.push(outputs, gradients)
-        self._pushes += 1
+        self._collector.push(outputs)
 
     def step(self, sample_scale: float | None = None, grad_scale: float = 1.0) -> None:
         """Overwrites ``.grad`` of the covered parameters by the preconditioned gradient.
@@ -271,26 +275,26 @@ class KFAC(Preconditioner):
                 captured output gradients still carry; ``.grad`` must already be unscaled.
 
         Raises:
-            ValueError: a scale is not positive, or a schedule left its range.
+            ValueError: a scale is not positive, or not what `begin_step` was told, or a schedule left its
+                range.
             RuntimeError: after `close`, or without the `set_progress` or `before_backward` that a setting
                 needs.
         """
         if self._closed:
             raise RuntimeError("this preconditioner is closed")
-        self._scale.check(sample_scale, grad_scale)
         wanting = self._options.needs_progress()
         if self._progress is None and wanting:
             raise RuntimeError(f"{wanting}: call set_progress(epoch, lr) before step()")
-        if self._watch.is_waiting and not self._watch.micro_batches:
-            raise RuntimeError(f"fisher={self._options.fisher!r}: call before_backward(outputs) first")
+        self._collector.check(sample_scale, grad_scale)
         with torch.no_grad(), torch.autocast(self._layers[0].weight.device.type, enabled=False):
             faults = self._update_factors(sample_scale, grad_scale)
             refreshed, failed = self._invert()
-            self._precondition()
+            with self._stopwatch.phase("precondition"):
+                self._applier.apply(self._progress[1] if self._progress else None, self._step)
         fallbacks = tuple(self._fall_back(*item) for item in {**faults, **failed}.items())
         self._failures += len(fallbacks)
         self._step += 1
-        self._watch_if_due()
+        self._expect()
         self._record = self._make_record(refreshed, fallbacks)
 
     def verify(
@@ -351,8 +355,8 @@ class KFAC(Preconditioner):
         self._step, self._failures, self._damping = state["step"], state["failures"], state["damping"]
         self._timetable.load_state_dict(state["timetable"])
         self._progress = None if state["progress"] is None else tuple(state["progress"])
-        self._watch.clear()
-        self._watch_if_due()
+        self._collector.watch.clear()
+        self._expect()
         self._record = self._make_record(refreshed=False, fallbacks=())
 
     def diagnostics(self) -> StepRecord:
@@ -361,49 +365,26 @@ class KFAC(Preconditioner):
 
     def close(self) -> None:
         """Removes every hook: the model is as before. Further steps raise RuntimeError."""
-        self._watch.close()
+        self._collector.close()
         self._curvature.clear()
         self._closed = True
 
     def _costs(self) -> dict[str, list[int]]:
         """Returns what each factor of each layer costs the rank that holds it."""
-        cost = self._options.placement_cost
-        return {
-            layer.name: [factor_cost(shape, cost) for shape in layer.factor_shapes()]
-            for layer in self._layers
-        }
+        is_memory = self._options.placement_cost == "memory"
+        cost = self._options.inverter().kept_numbers if is_memory else inversion_cost
+        return {layer.name: [cost(shape) for shape in layer.factor_shapes()] for layer in self._layers}
 
-    def _watch_if_due(self) -> None:
-        """Tells the hooks whose factors the coming step updates, as far as this rank's samples count."""
-        due = self._timetable.factors_due(self._step)
-        if self._options.factors == "local":
-            due = [name for name in due if self._roles[name].holders[0] == self._communicator.rank]
-        self._watch.due = frozenset(due)
-        self._pushes = 0
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """Returns a generator for this rank's draws of one micro-batch: the same after a resume."""
-        numbers = (self._options.seed, self._communicator.rank, self._step, self._pushes)
-        # Python hashes a tuple of integers alike in every process.
-        return torch.Generator(device).manual_seed(hash(numbers) % 2**63)
+    def _expect(self) -> None:
+        """Tells the hooks what the coming step needs."""
+        self._collector.expect(self._timetable.factors_due(self._step), self._step)
 
     def _update_factors(self, sample_scale: float | None, grad_scale: float) -> dict[str, str]:
         """Adds what was captured to the running factors; returns whose could not be used, and why."""
         due = frozenset(self._timetable.factors_due(self._step))
         if not due:
             return {}
-        factor = self._scale.factor(sample_scale, grad_scale)
-        if self._options.fisher == "empirical":
-            self._scale.check_accumulation(sample_scale, self._watch.micro_batches)
-        else:
-            # Their gradients are those of own losses from the start.
-            factor = _unscaled
-        with self._stopwatch.phase("capture"):
-            local = self._watch.take(factor)
-        layers = [layer for layer in self._layers if layer.name in due]
-        with self._stopwatch.phase("reduce"):
-            reducer = Reducer(self._communicator, layers, self._roles, self._options.factors)
-            reduced = reducer.reduce(local)
+        reduced = self._collector.collect(due, sample_scale, grad_scale)
         with self._stopwatch.phase("capture"):
             self._curvature.update(reduced.names, reduced.means, self._options.decay_at(self._step))
         if reduced.names:
@@ -436,39 +417,6 @@ class KFAC(Preconditioner):
         self._timetable.inverses_done(self._step)
         return True, failed
 
-    def _precondition(self) -> None:
-        """Overwrites the gradients of layers that have an inverse and all their gradients."""
-        with self._stopwatch.phase("precondition"):
-            layers = {
-                layer.name: layer
-                for layer in self._layers
-                if self._curvature.has_inverse(layer.name) and layer_gradients(layer)
-            }
-            grads = {
-                name: layer.to_blocks(layer_gradients(layer)).to(self._watch.dtype(layer))
-                for name, layer in layers.items()
-            }
-            for group in self._curvature.solve(grads):
-                self._observe(group)
-                flat = (group.results.flatten(1, 2), group.grads.flatten(1, 2))
-                results = rescaled(self._options.rescale, *flat, group.damping).reshape(group.grads.shape)
-                self._kl_clip.add(results, group.grads)
-                for name, blocks in zip(group.names, results, strict=True):
-                    layer = layers[name]
-                    for gradient, piece in zip(
-                        layer_gradients(layer), layer.from_blocks(blocks), strict=True
-                    ):
-                        gradient.copy_(piece)
-            lr = None if self._progress is None else self._progress[1]
-            self._kl_clip.apply(layers.values(), lr, self._step)
-
-    def _observe(self, group: Solved) -> None:
-        if "strength" in self._observes:
-            change = torch.linalg.vector_norm(group.damping * group.results - group.grads, dim=(1, 2, 3))
-            strengths = change / torch.linalg.vector_norm(group.grads, dim=(1, 2, 3))
-            for name, strength in zip(group.names, strengths, strict=True):
-                self._strengths[name] = (strength, group.damping)
-
     def _fall_back(self, name: str, reason: str) -> Fallback:
         if dist.rank() == 0:
             instead = "last good inverse" if self._curvature.has_inverse(name) else "plain gradient"
@@ -476,8 +424,7 @@ class KFAC(Preconditioner):
         return Fallback(self._step + 1, name, reason)
 
     def _make_record(self, refreshed: bool, fallbacks: tuple[Fallback, ...]) -> StepRecord:
-        step, strengths = self._step, self._strengths
-        self._strengths = {}
+        step = self._step
         traffic = self._communicator.take_traffic()
         return StepRecord(
             step,
@@ -490,12 +437,5 @@ class KFAC(Preconditioner):
             memory=tuple(Memory(step, *item) for item in self._curvature.size_bytes.items()),
             fallbacks=fallbacks,
             method=self._options.inverse,
-            strength=tuple(
-                LayerStrength(step, name, float(value), self._curvature.mean_eigenvalue(name), damping)
-                for name, (value, damping) in strengths.items()
-            ),
+            strength=self._applier.take_strengths(step),
         )
-
-
-def _unscaled(_: int) -> float:
-    return 1.0

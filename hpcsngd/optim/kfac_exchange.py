@@ -17,15 +17,15 @@ from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.kaisa import Role
 from hpcsngd.optim.kfac_layers import CoveredLayer, Statistic
-from hpcsngd.optim.packing import pack, packed_numbers, unpack
+from hpcsngd.optim.packing import pack, packed_numbers
 
 #: Whose samples a factor is of: all ranks'; or its holder's alone (DP-KFAC, Zhang et al., IEEE TCC 2022).
 Scope = Literal["all", "local"]
 #: A factor: the layer's name, and 0 for A, 1 for G.
 Item: TypeAlias = tuple[str, int]
 
-#: Numbers that travel at a time, so that the copies made for sending stay small.
-BUCKET_NUMBERS = 2**23
+#: Numbers that travel at a time: the copies made for sending stay small, and the first can go early.
+BUCKET_NUMBERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Reduced:
 
     Attributes:
         names: of the layers that some sample used and that have no fault; the same on every rank.
-        means: factor -> statistic, of those layers' factors that this rank holds.
+        means: factor -> statistic, packed, of those layers' factors that this rank holds.
         inputs: layer -> how many inputs its A is the mean of.
         faults: layer -> what made its statistic unusable; the same on every rank.
     """
@@ -61,17 +61,20 @@ class Reducer:
     roles: Mapping[str, Role]
     scope: Scope
 
-    def reduce(self, local: Mapping[str, Statistic | MisalignedError]) -> Reduced:
+    def reduce(
+        self, local: Mapping[str, Statistic | MisalignedError], early: Mapping[Item, Tensor] | None = None
+    ) -> Reduced:
         """Returns the statistics of all ranks together.
 
         Args:
             local: this rank's by layer; with scope ``"local"`` of the layers that it holds.
+            early: sums that are here already (`hpcsngd.optim.kfac_early`); None: they are still to be made.
         """
         totals, faults = self._agree_on_counts(local)
         layers = [layer for layer in self.layers if totals[layer.name][1] and layer.name not in faults]
-        means = {
-            (name, side): total / totals[name][side] for (name, side), total in self._sums(layers, local)
-        }
+        sums = self._sums(layers, local) if early is None else early.items()
+        usable = {layer.name for layer in layers}
+        means = {item: total / totals[item[0]][item[1]] for item, total in sums if item[0] in usable}
         bad = self._agree_on_faulty(layers, means)
         good = [layer.name for layer in layers if layer.name not in bad]
         faults = faults | dict.fromkeys(bad, "its statistic is not finite")
@@ -97,7 +100,7 @@ class Reducer:
     def _sums(
         self, layers: Sequence[CoveredLayer], local: Mapping[str, Statistic | MisalignedError]
     ) -> Iterator[tuple[Item, Tensor]]:
-        """Yields the factors that this rank holds, not yet divided by their counts."""
+        """Yields the factors that this rank holds, packed, not yet divided by their counts."""
         rank = self.communicator.rank
         items = [(layer.name, side) for layer in layers for side in range(len(layer.factor_shapes()))]
         tensors = {
@@ -107,16 +110,15 @@ class Reducer:
             for side, tensor in enumerate(found.tensors)
         }
         if self.communicator.world_size == 1 or self.scope == "local":
-            yield from ((item, tensors[item]) for item in items if self._holder(item) == rank)
+            yield from ((item, pack(tensors[item])) for item in items if self._holder(item) == rank)
             return
-        for bucket in _buckets(items, [tensors[item].shape for item in items]):
+        for bucket in buckets(items, [tensors[item].shape for item in items]):
             flat = [pack(tensors[item]) for item in bucket]
             owners = [self._holder(item) for item in bucket]
-            for item, total in zip(
-                bucket, self.communicator.sum_at_owners("reduce", flat, owners), strict=True
-            ):
-                if total is not None:
-                    yield item, unpack(total, tensors[item].shape)
+            totals = self.communicator.sum_at_owners("reduce", flat, owners)
+            yield from (
+                (item, total) for item, total in zip(bucket, totals, strict=True) if total is not None
+            )
 
     def _holder(self, item: Item) -> int:
         return self.roles[item[0]].holders[item[1]]
@@ -140,7 +142,7 @@ def _counts(statistic: Statistic | MisalignedError | None) -> tuple[int, int, in
     return 0, 0, int(statistic is not None)
 
 
-def _buckets(items: Sequence[Item], shapes: Sequence[Sequence[int]]) -> Iterator[list[Item]]:
+def buckets(items: Sequence[Item], shapes: Sequence[Sequence[int]]) -> Iterator[list[Item]]:
     """Yields the items in order, at most BUCKET_NUMBERS at a time, or one."""
     bucket: list[Item] = []
     filled = 0

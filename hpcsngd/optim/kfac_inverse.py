@@ -13,12 +13,12 @@ both are exact. Sources: Grosse and Martens, ICML 2016, appendix (eigen); Marten
 section 6.3 (factored Tikhonov damping and pi).
 
 Inverses that are applied at every step are kept as matrices: two products take the place of four triangular
-solves. They come from Cholesky factors, which tell whether a matrix is positive definite.
+solves. They come from Cholesky factors, which tell whether a matrix is positive definite. Large ones, and
+large eigenvectors, are kept in about half their numbers (`hpcsngd.optim.kfac_halves`).
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.kfac_decompose import eigh_each, inverse_each
+from hpcsngd.optim.kfac_halves import Form, fits, times_orthogonal, times_symmetric
 
 InverseKind = Literal["eigen", "cholesky"]
 
@@ -89,11 +89,12 @@ class EigenInverse(Inverse):
     def solve(self, blocks: Tensor) -> Tensor:
         """See `Inverse.solve`."""
         vectors_a, values_a, vectors_g, values_g = self.tensors
-        rotated = blocks if vectors_g is None else vectors_g.mT @ blocks
-        rotated = rotated if vectors_a is None else rotated @ vectors_a
+        rotated = blocks if vectors_g is None else times_orthogonal(blocks.mT, vectors_g).mT
+        rotated = rotated if vectors_a is None else times_orthogonal(rotated, vectors_a)
         rotated = rotated / (_outer(values_g, values_a) + self.damping)
-        rotated = rotated if vectors_g is None else vectors_g @ rotated
-        return rotated if vectors_a is None else rotated @ vectors_a.mT
+        if vectors_g is not None:
+            rotated = times_orthogonal(rotated.mT, vectors_g, transposed=True).mT
+        return rotated if vectors_a is None else times_orthogonal(rotated, vectors_a, transposed=True)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,10 @@ class CholeskyInverse(Inverse):
     def solve(self, blocks: Tensor) -> Tensor:
         """See `Inverse.solve`."""
         a, g = self.present[0], self.tensors[1]
-        result = blocks if g is None else g @ blocks
-        return result * a.unsqueeze(1) if a.dim() == 2 else result @ a
+        result = blocks if g is None else times_symmetric(blocks.mT, g).mT
+        # A diagonal is as long as a row; a matrix in panels has more numbers than that.
+        is_diagonal = a.shape[1:] == blocks.shape[2:]
+        return result * a.unsqueeze(1) if is_diagonal else times_symmetric(result, a)
 
 
 def _outer(values_g: Tensor | None, values_a: Tensor | None) -> Tensor:
@@ -113,97 +116,12 @@ def _outer(values_g: Tensor | None, values_a: Tensor | None) -> Tensor:
     return values_a.unsqueeze(1) if values_g is None else values_g.unsqueeze(2) * values_a.unsqueeze(1)
 
 
-_KINDS: dict[InverseKind, type[Inverse]] = {"eigen": EigenInverse, "cholesky": CholeskyInverse}
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one factor contributes to a layer's inverse.
-
-    Attributes:
-        tensors: eigenvectors (None of a diagonal) and eigenvalues; or the damped inverse.
-        jitter: the most that was added besides.
-    """
-
-    tensors: tuple[Tensor | None, ...]
-    jitter: float
-
-
-@dataclass(frozen=True)
-class Inverter:
-    """Makes inverses of one kind.
-
-    Attributes:
-        kind: see the module's docstring.
-        pi_split: whether Cholesky's damping is split by pi.
-        dtype: of what is kept; None: that of the factors.
-    """
-
-    kind: InverseKind
-    pi_split: bool
-    dtype: torch.dtype | None
-
-    def decompose(
-        self,
-        factors: Sequence[Tensor],
-        means: Sequence[Sequence[Tensor]],
-        sides: Sequence[int],
-        damping: float,
-    ) -> list[Part | None]:
-        """Returns what becomes of each factor; None where it is not finite or cannot be decomposed.
-
-        Args:
-            factors: of any layers, in at least float32.
-            means: of each factor's layer: `mean_eigenvalues` of A and, where there is one, G.
-            sides: 0 for an A, 1 for a G.
-            damping: lambda.
-        """
-        if self.kind == "eigen":
-            return [None if found is None else Part(self._stored(found), 0.0) for found in eigh_each(factors)]
-        shifted = [
-            _shifted(factor, self._shift(of_layer, side, damping).to(factor))
-            for factor, of_layer, side in zip(factors, means, sides, strict=True)
-        ]
-        return [
-            None if found is None else Part(self._stored(found[:1]), found[1])
-            for found in inverse_each(shifted)
-        ]
-
-    def assemble(self, parts: Sequence[Part], damping: float) -> Inverse:
-        """Returns a layer's inverse from the parts of A and, where there is one, G."""
-        count = len(parts[0].tensors)
-        tensors = [tensor for part in parts for tensor in part.tensors] + [None] * count
-        return _KINDS[self.kind](tuple(tensors[: 2 * count]), damping, max(part.jitter for part in parts))
-
-    def part_shapes(self, shape: Sequence[int]) -> list[Sequence[int] | None]:
-        """Returns the shapes of a part's tensors, for a factor of this shape; None for one that is not."""
-        if self.kind == "cholesky":
-            return [shape]
-        return [None if len(shape) == 2 else shape, (shape[0], shape[-1])]
-
-    def _stored(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        # LAPACK's results lie by columns, loaded states by rows, and products round accordingly.
-        return tuple(None if t is None else t.to(self.dtype or t.dtype).contiguous() for t in tensors)
-
-    def _shift(self, means: Sequence[Tensor], side: int, damping: float) -> Tensor:
-        """Returns what is added to the diagonal of a Cholesky factor, ``(blocks,)``."""
-        if len(means) == 1:
-            return torch.full_like(means[0], damping)
-        root = torch.full_like(means[0], math.sqrt(damping))
-        if not self.pi_split:
-            return root
-        # A layer without inputs or without gradients has nothing to balance.
-        pi = torch.where((means[0] > 0) & (means[1] > 0), means[0] / means[1], 1.0).sqrt()
-        return root / pi if side else root * pi
-
-
-def mean_eigenvalues(factor: Tensor) -> Tensor:
-    """Returns the mean eigenvalue of every block of a factor, ``(blocks,)``."""
-    return _diagonal(factor).mean(1)
+KINDS: dict[InverseKind, type[Inverse]] = {"eigen": EigenInverse, "cholesky": CholeskyInverse}
+FORMS: dict[InverseKind, Form] = {"eigen": "orthogonal", "cholesky": "symmetric"}
 
 
 def inverse_from_state(
-    state: Mapping[str, Any], kind: InverseKind, device: torch.device, shape: tuple[int, int, int]
+    state: Mapping[str, Any], kind: InverseKind, device: torch.device, shapes: Sequence[Sequence[int]]
 ) -> Inverse:
     """Returns the inverse saved in ``state``.
 
@@ -211,22 +129,40 @@ def inverse_from_state(
         state: of `Inverse.state_dict`.
         kind: which it is.
         device: where to keep it.
-        shape: ``(groups, d_out, d_in)`` of the layer.
+        shapes: of A and, where there is one, G.
 
     Raises:
-        ValueError: it does not fit blocks of this shape.
+        ValueError: it does not belong to factors of these shapes.
     """
-    count = 4 if kind == "eigen" else 2
-    tensors = [state["tensors"].get(str(index)) for index in range(count)]
+    count = 2 if kind == "eigen" else 1
+    tensors = [state["tensors"].get(str(index)) for index in range(2 * count)]
+    for index, tensor in enumerate(tensors):
+        wanted = shapes[index // count] if index // count < len(shapes) else None
+        is_matrix = index % count == 0
+        if not _is_of(tensor, wanted, FORMS[kind] if is_matrix else None, can_miss=count == 2 and is_matrix):
+            found = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+            raise ValueError(f"inverse of shapes {found}, the factors have {list(shapes)}")
     moved = tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
-    inverse = _KINDS[kind](moved, state["damping"], state["jitter"])
-    sizes = {len(tensor) for tensor in moved if tensor is not None}
-    sides = {tensor.shape[-1] for tensor in moved if tensor is not None}
-    if sizes != {shape[0]} or not sides <= set(shape[1:]):
-        raise ValueError(
-            f"inverse of {sorted(sizes)} blocks with sides {sorted(sides)}, the layer has {shape}"
-        )
-    return inverse
+    return KINDS[kind](moved, state["damping"], state["jitter"])
+
+
+def _is_of(tensor: Tensor | None, factor: Sequence[int] | None, form: Form | None, *, can_miss: bool) -> bool:
+    """Returns whether a tensor of an inverse can belong to a factor of this shape.
+
+    Args:
+        tensor: None where there is none.
+        factor: None where there is none.
+        form: of the matrix that it is; None for eigenvalues.
+        can_miss: whether there is none for a diagonal.
+    """
+    is_diagonal = factor is not None and len(factor) == 2
+    if factor is None or (is_diagonal and can_miss):
+        return tensor is None
+    if tensor is None or len(tensor) != factor[0]:
+        return False
+    if form is None or is_diagonal:
+        return tuple(tensor.shape) == (factor[0], factor[-1])
+    return fits(form, tensor, factor[-1])
 
 
 def joined(inverses: Sequence[Inverse]) -> Inverse:
@@ -237,14 +173,3 @@ def joined(inverses: Sequence[Inverse]) -> Inverse:
         for column in columns
     )
     return replace(inverses[0], tensors=tensors)
-
-
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)
-
-
-def _shifted(factor: Tensor, shift: Tensor) -> Tensor:
-    """Returns a copy of the factor with a number for each block added to its diagonal."""
-    result = factor.clone()
-    _diagonal(result).add_(shift.unsqueeze(1))
-    return result

@@ -15,7 +15,8 @@ from hpcsngd.optim.fisher import Fisher, LossKind
 from hpcsngd.optim.gradients import Rescale
 from hpcsngd.optim.kaisa import Cost
 from hpcsngd.optim.kfac_exchange import Scope
-from hpcsngd.optim.kfac_inverse import InverseKind, Inverter
+from hpcsngd.optim.kfac_inverse import InverseKind
+from hpcsngd.optim.kfac_inverter import Inverter
 from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.samplescale import LossReduction
 from hpcsngd.optim.schedules import EpochDamping, epoch_damping
@@ -81,6 +82,7 @@ class Options:
     placement_cost: Cost
     colocate: bool
     stagger: bool
+    overlap: bool
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

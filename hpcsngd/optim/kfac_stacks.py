@@ -14,27 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcsngd.optim.gradients import Solved
 from hpcsngd.optim.kfac_inverse import Inverse, joined
 
 #: Larger inverses are applied by themselves: products bound them, not overhead.
 MOST_NUMBERS = 2**20
-
-
-@dataclass(frozen=True)
-class Solved:
-    """Layers that were preconditioned together.
-
-    Attributes:
-        names: of the layers.
-        grads: blocks, ``(layers, groups, d_out, d_in)``.
-        results: the same shape.
-        damping: that all of them have.
-    """
-
-    names: list[str]
-    grads: Tensor
-    results: Tensor
-    damping: float
 
 
 @dataclass(frozen=True)

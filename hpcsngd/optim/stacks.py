@@ -10,13 +10,14 @@ Curvatures in a stack are views of it: their rows and factors are in memory once
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpcsngd.optim.curvature import SampleCurvature
+from hpcsngd.optim.gradients import Solved
 from hpcsngd.optim.rows import FactoredRows
 from hpcsngd.optim.stopwatch import Stopwatch
 
@@ -80,23 +81,6 @@ class Stack:
             mixing=None if self._mixing is None else self._mixing[index],
             span=None if self._span is None else self._span[index],
         )
-
-
-@dataclass(frozen=True)
-class Solved:
-    """Layers that were solved together.
-
-    Attributes:
-        names: of the layers.
-        grads: what was solved, shape ``(layers, d_out, d_in)``.
-        results: the same shape.
-        damping: that all of them have.
-    """
-
-    names: list[str]
-    grads: Tensor
-    results: Tensor
-    damping: float
 
 
 class Stacks:

@@ -156,6 +156,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
         count = self._sampler.micro_batches_in(position)
+        if parts.preconditioner is not None:
+            parts.preconditioner.begin_step(size / dist.world_size(), count)
         for index in range(count):
             self._pulse.at("data")
             with self._stopwatch.phase("data"):

@@ -190,7 +190,7 @@ class Recorder:
         """Writes rows of this rank's profiling file.
 
         Phase ``capture`` is work of the preconditioner's hooks and lies within forward and backward, whose
-        seconds include it; all other phases are disjoint.
+        seconds include it, as does ``reduce`` as far as hooks begin to send; all other phases are disjoint.
         """
         for phase, value in seconds.items():
             self._put(
@@ -230,6 +230,8 @@ class Recorder:
             self._put("rank_analysis", **self._place(step), **_without_step(spectrum))
         for error in record.grad_error:
             self._put("grad_error", **self._place(step), **_without_step(error))
+        for layer in record.strength:
+            self._put("strength", **self._place(step), **_without_step(layer))
 
     def __enter__(self) -> Recorder:
         return self
@@ -271,7 +273,7 @@ def _tables(diagnostics: Diagnostics) -> list[str]:
         wanted += ["profiling", "communication", "memory"]
     if diagnostics.rank_analysis:
         wanted += ["rank_analysis", "kept"]
-    return wanted + [name for name in ("grad_norm", "grad_error") if getattr(diagnostics, name)]
+    return wanted + [name for name in ("grad_norm", "grad_error", "strength") if getattr(diagnostics, name)]
 
 
 def _without_step(record: Any) -> dict[str, rundir.Value]:

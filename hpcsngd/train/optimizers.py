@@ -147,6 +147,10 @@ def set_multiplier(optimizers: list[Optimizer], factor: float) -> None:
             group["lr"] = group["initial_lr"] * factor
 
 
+#: Which preconditioner a diagnostic is about.
+_MEASURED_BY = {"rank_analysis": "hylo", "grad_error": "hylo", "strength": "kfac"}
+
+
 def build_preconditioner(
     model: nn.Module, config: schema.Experiment, *, seed: int
 ) -> optim.Preconditioner | None:
@@ -160,19 +164,21 @@ def build_preconditioner(
     Raises:
         SettingError: a diagnostic that needs a preconditioner, or another one.
     """
-    wanted = {name for name in ("rank_analysis", "grad_error") if getattr(config.diagnostics, name)}
+    wanted = {name for name in _MEASURED_BY if getattr(config.diagnostics, name)}
     if config.preconditioner is None:
         if wanted:
             names = " and ".join(f"diagnostics.{name}" for name in sorted(wanted))
             raise SettingError(f"{names} measure a preconditioner, but preconditioner is null")
         return None
     name = config.preconditioner.name
-    if wanted and name != "hylo":
-        names = " and ".join(f"diagnostics.{each}" for each in sorted(wanted))
-        raise SettingError(f"{names} measure what hylo has and {name} has not")
+    for each in sorted(wanted):
+        if _MEASURED_BY[each] != name:
+            raise SettingError(
+                f"diagnostics.{each} measures what {_MEASURED_BY[each]} has and {name} has not"
+            )
     given: dict[str, dict[str, Any]] = {
         "hylo": {"observe": wanted, "rank_shares": config.diagnostics.rank_shares},
-        "kfac": {"loss": config.loss.name},
+        "kfac": {"observe": wanted, "loss": config.loss.name},
     }
     if name != "ggt":  # draws nothing
         given.setdefault(name, {})["seed"] = seeds.derive(seed, "preconditioner")

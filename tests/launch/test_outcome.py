@@ -12,7 +12,7 @@ import pytest
 
 from hpcsngd import lifeline, rundir
 from hpcsngd.errors import RunFailedError, SchedulerError
-from hpcsngd.launch import outcome, ownjob, place, plan, requeue
+from hpcsngd.launch import outcome, ownjob, place, plan, requeue, schedulers
 from hpcsngd.launch.context import AgentFaultError, Context, Ended
 from hpcsngd.launch.place import Place
 from hpcsngd.launch.stop import Stop
@@ -234,6 +234,40 @@ def patient(context: Context, monkeypatch: pytest.MonkeyPatch) -> Context:
     """The context, with just enough patience to notice that others are silent."""
     monkeypatch.setattr(outcome, "SETTLE_S", 0.01)
     return context
+
+
+KILLED = Fault("killed", "a worker was ended by SIGKILL (signal 9)", "n1", node=1)
+
+
+def test_after_a_kill_a_run_goes_on_where_that_is_allowed(
+    patient: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Agent 1 has seen the kill and leaves the word to agent 0, which alone puts the job back."""
+    asked: list[str] = []
+
+    def take(job_id: str, *, timeout_s: float) -> None:
+        asked.append(job_id)
+
+    slurm = dataclasses.replace(schedulers.QUEUES["slurm"], requeue=take)
+    monkeypatch.setitem(schedulers.QUEUES, "slurm", slurm)
+    allowed = instead(patient, restart_on=("killed",), max_attempts=2)
+    allowed.attempt.write_fault(KILLED)
+    outcome.conclude(instead(allowed, node=1, index=1), Ended("itself", 1, ["Killed"]), stopped())
+    assert (asked, allowed.run.status()) == ([], None)
+    outcome.conclude(allowed, Ended("peer", -15, TORN), stopped())
+    assert (asked, allowed.run.status()) == (["7"], None)
+    assert rundir.read_yaml(allowed.attempt.ended_yaml)["cause"] == "killed"
+
+
+def test_a_killed_leader_leaves_nobody_who_could_go_on(patient: Context) -> None:
+    allowed = instead(patient, restart_on=("killed",), max_attempts=2)
+    allowed.attempt.write_fault(torn(2, "n1"))
+    sign(allowed, 0)
+    follower = instead(allowed, node=1, index=1)
+    status = end(follower, Ended("itself", 1, TORN), signal.SIGTERM)
+    assert status is not None
+    assert status.reason.startswith("killed: the agent of node 0 was killed (node 0 on n0")
+    assert not allowed.attempt.ended_yaml.exists()
 
 
 def test_a_silent_agent_is_a_lost_node(patient: Context) -> None:

@@ -9,16 +9,23 @@ from torch import Tensor, nn
 
 from hpcsngd import dist
 from hpcsngd.optim import KFAC
+from hpcsngd.optim.packing import unpack
 from tests.optim import oracle
 from tests.optim.training import BUILDERS, average_gradients, share
 
 
 def kept_factors(kfac: KFAC) -> dict[str, list[Tensor]]:
     """Returns A and G of every layer, as they are used."""
-    return {
-        name: [total / saved["factors"]["weight"] for total in saved["factors"]["sums"]]
-        for name, saved in kfac.state_dict()["layers"].items()
-    }
+    shapes = {layer.name: layer.factor_shapes() for layer in kfac._layers}
+    return {name: saved_factors(saved, shapes[name]) for name, saved in kfac.state_dict()["layers"].items()}
+
+
+def saved_factors(layer: dict[str, Any], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Returns A and G of a layer from its state."""
+    saved = layer["factors"]
+    return [
+        unpack(total, shape) / saved["weight"] for total, shape in zip(saved["sums"], shapes, strict=True)
+    ]
 
 
 def backward(model: nn.Module, seed: int = 1, count: int = 8, shape: tuple[int, ...] = (5,)) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcsngd.optim.kaisa import Grid, factor_cost, place
+from hpcsngd.optim.kaisa import Grid, inversion_cost, place
+from hpcsngd.optim.kfac_inverter import Inverter
 from hpcsngd.optim.packing import pack, packed_numbers, unpack
 
 costs_of_layers = st.dictionaries(
@@ -79,9 +82,25 @@ def test_split_factors_of_one_large_layer_use_two_ranks() -> None:
 
 
 def test_costs_of_factors() -> None:
-    assert factor_cost((2, 3, 3), "compute") == 2 * 27
-    assert factor_cost((2, 3, 3), "memory") == 2 * 9
-    assert factor_cost((1, 50), "compute") == factor_cost((1, 50), "memory") == 50
+    assert inversion_cost((2, 3, 3)) == 2 * 27
+    assert inversion_cost((1, 50)) == 50
+    eigen, cholesky = Inverter("eigen", True, None), Inverter("cholesky", True, None)
+    # The triangle; the vectors and values, or the inverse.
+    assert eigen.kept_numbers((2, 3, 3)) == 2 * (6 + 9 + 3)
+    assert cholesky.kept_numbers((2, 3, 3)) == 2 * (6 + 9)
+    assert eigen.kept_numbers((1, 50)) == cholesky.kept_numbers((1, 50)) == 100
+
+
+@pytest.mark.parametrize("inverse", ["eigen", "cholesky"])
+def test_a_resnet_32_is_kept_in_twelve_times_its_weights(inverse: Any) -> None:
+    """On one rank, where nothing is shared out; others keep 18.7 times the weights of this network."""
+    blocks = {(16, 27): 1, (16, 144): 10, (32, 144): 1, (32, 288): 9, (64, 288): 1, (64, 576): 9, (10, 65): 1}
+    units = 2 * (11 * 16 + 10 * 32 + 10 * 64)  # scales and shifts of the norm layers
+    weights = sum(d_out * d_in * count for (d_out, d_in), count in blocks.items()) + units
+    assert weights == 464_154
+    kept = Inverter(inverse, True, None).kept_numbers
+    numbers = sum(count * kept((1, side, side)) for sides, count in blocks.items() for side in sides)
+    assert numbers + kept((units // 2, 2, 2)) <= 12 * weights
 
 
 @given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 6))

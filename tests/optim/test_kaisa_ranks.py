@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hpcsngd.optim import KFAC
 from hpcsngd.optim.kaisa import Grid
 from hpcsngd.optim.packing import packed_numbers
 from tests.optim import models, oracle
+from tests.optim.kfac_tools import kept_factors, saved_factors
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.dist
@@ -36,6 +38,12 @@ class Net(nn.Module):
         hidden = torch.tanh(self.norm(self.conv(x))).mean((2, 3))
         output: Tensor = self.head(torch.tanh(self.inner(torch.tanh(self.inner(hidden)))))
         return output
+
+
+def kept_bytes(shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a factor's triangle, its eigenvectors and its eigenvalues, none of them halved."""
+    values = 0 if len(shape) == 2 else math.prod(shape[:2])
+    return 8 * (packed_numbers(shape) + math.prod(shape) + values)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +85,7 @@ def train(
         "state": {"kfac": kfac.state_dict(), "model": model.state_dict()},
         "memory": {item.kind: item.size_bytes for item in records[-1].memory} if records else {},
         "sent": sent,
+        "kept": {layer.name: sum(map(kept_bytes, layer.factor_shapes())) for layer in kfac._layers},
         "roles": {name: (role.column, role.holders) for name, role in kfac._roles.items()},
         "shapes": {layer.name: layer.factor_shapes() for layer in kfac._layers},
         "entries": {layer.name: sum(p.numel() for p in layer.parameters) for layer in kfac._layers},
@@ -185,9 +194,8 @@ def test_local_factors_are_those_of_the_holders_samples() -> None:
     for rank in range(2):
         alone = factors_of_share(rank)
         for name in (name for name, (_, holders) in roles.items() if holders[0] == rank):
-            found = results[0]["state"]["kfac"]["layers"][name]["factors"]
-            weight = found["weight"]
-            same([total / weight for total in found["sums"]], alone[name])
+            found = results[0]["state"]["kfac"]["layers"][name]
+            same(saved_factors(found, results[0]["shapes"][name]), alone[name])
 
 
 def factors_of_share(rank: int) -> dict[str, list[Tensor]]:
@@ -198,11 +206,7 @@ def factors_of_share(rank: int) -> dict[str, list[Tensor]]:
     x, target = (part[start : start + SIZES[2][rank]] for part in batch(0))
     nn.functional.cross_entropy(model(x), target, reduction="sum").backward()  # type: ignore[no-untyped-call]
     kfac.step()
-    layers = kfac.state_dict()["layers"]
-    return {
-        name: [total / layer["factors"]["weight"] for total in layer["factors"]["sums"]]
-        for name, layer in layers.items()
-    }
+    return kept_factors(kfac)
 
 
 @pytest.mark.parametrize("inverse", ["eigen", "cholesky"])
@@ -235,15 +239,21 @@ def on_ranks(
 
 
 def test_memory_falls_with_ranks() -> None:
-    """Nothing is held twice where one rank preconditions a layer; running factors never are."""
+    """Nothing is held twice where one rank preconditions a layer; running factors never are.
+
+    By longest processing time first, no rank has more than ``M / P + (1 - 1 / P) L``: M bytes in all on P
+    ranks, L of the largest layer.
+    """
     options = {"grad_worker_fraction": 0.0, "placement_cost": "memory"}
-    alone = train(options, SIZES[1])["memory"]
-    results = run_on_ranks(train, 2, options, SIZES[2])
-    for kind in ("factors", "inverses"):
-        held = [result["memory"][kind] for result in results]
-        assert sum(held) == alone[kind]
-        # One layer has most of this small model: its holder has less than everything, no more than that.
-        assert max(held) < alone[kind]
+    whole = train(options, SIZES[1])
+    alone = whole["memory"]
+    total = alone["factors"] + alone["inverses"]
+    for ranks in (2, 4):
+        results = run_on_ranks(train, ranks, options, SIZES[ranks])
+        for kind in ("factors", "inverses"):
+            assert sum(result["memory"][kind] for result in results) == alone[kind]
+        held = [sum(result["memory"].values()) for result in results]
+        assert max(held) <= total / ranks + (1 - 1 / ranks) * max(whole["kept"].values())
     replicated = run_on_ranks(train, 2, {}, SIZES[2])
     assert sum(result["memory"]["factors"] for result in replicated) == alone["factors"]
     assert all(result["memory"]["inverses"] == alone["inverses"] for result in replicated)

@@ -306,6 +306,6 @@ def test_evaluations_between_leave_nothing() -> None:
     model(random_outputs((9, 5)))
     mse(outputs, targets("mse", outputs)).backward()
     kfac.step()
-    assert not kfac._watch.is_waiting
+    assert not kfac._collector.watch.is_waiting
     for name, tensors in kept_factors(kfac).items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, expected[name], strict=True))

@@ -99,7 +99,7 @@ def train_through_a_fault(steps: int) -> dict[str, Any]:
         model.zero_grad()
         oracle.mean_loss(model, x, target).backward()
         if step == 1 and dist.rank() == dist.world_size() - 1:
-            kfac._watch._calls["2"][0][0].g[0, 0, 0] = float("nan")
+            kfac._collector.watch._calls["2"][0][0].g[0, 0, 0] = float("nan")
         for parameter in model.parameters():
             dist.all_reduce_sum(parameter.grad)
         kfac.step()

@@ -26,6 +26,7 @@ from hpcsngd import rundir
 from hpcsngd.config.resolve import Override, Resolved, full_path, resolve
 from hpcsngd.launch import order, sending, submit
 from hpcsngd.launch.plan import Plan
+from hpcsngd.launch.resume import resume
 from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
 from tests.testbed.slurmbed import services
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.timeout(580),
+    pytest.mark.timeout(900),
     pytest.mark.usefixtures("slurm_cluster"),
 ]
 
@@ -234,21 +235,30 @@ def test_a_chain_past_the_limit_and_kills_beside_it(
         directives=order.directives("slurm", after=[chain]),
         after=[chain],
     )
-    shot_worker, _ = send(slow(1.0))
+    shot_worker, _ = send(slow(1.0, overrides={"restart.on": ["killed"]}))
     wait_until(lambda: step_of(shot_worker) >= 2, "step 2 of the run whose worker is killed")
     os.kill(worker_pid(shot_worker, 3), signal.SIGKILL)
-    ended = submit.wait(shot_worker, poll_s=0.5)
-    assert (ended.state, ended.attempt, (ended.fault or {})["kind"]) == ("failed", 1, "killed")
-    assert "SIGKILL" in ended.reason
+    wait_until(shot_worker.attempt(1).ended_yaml.exists, "the agent's notice of the killed worker")
     shot_agent, job_id = send(slow(1.0))
     wait_until(lambda: step_of(shot_agent) >= 2, "step 2 of the run whose agent is killed")
     os.kill(agent_pid(shot_agent, 1), signal.SIGKILL)
     ended = submit.wait(shot_agent, poll_s=0.5)
     assert (ended.state, ended.attempt) == ("failed", 1)
-    assert ended.reason.startswith("killed: the agent of node 1 was killed (node 1 on hpcsngd-2"), (
-        ended.reason
-    )
+    second = rundir.read_yaml(shot_agent.attempt(1).attempt_yaml)["hosts"][1]
+    words = f"killed: the agent of node 1 was killed (node 1 on {second}"
+    assert ended.reason.startswith(words), ended.reason
     assert slurm_cluster.wait_state(job_id, {"FAILED", "COMPLETED"}) == "FAILED"
+    assert_nothing_left(shot_agent)
+    # a person may go on with what is not restarted by itself
+    resume(shot_agent, argv=["test"])
+    for shot in (shot_worker, shot_agent):
+        ended = submit.wait(shot, poll_s=0.5)
+        assert (ended.state, ended.attempt) == ("completed", 2), ended.reason
+        assert_equal(shot, unbroken)
+    told = end_of(shot_worker, 1)
+    # resubmitted: without node_failure in restart.on the job has --no-requeue
+    assert (told["cause"], told["next"]) == ("killed", "resubmit")
+    assert "SIGKILL" in told["reason"]
     assert_nothing_left(shot_worker, shot_agent)
     ended = submit.wait(chain, poll_s=0.5)
     assert ended.state == "completed", ended.reason

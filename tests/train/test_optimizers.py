@@ -168,7 +168,7 @@ def test_the_preconditioner_measures_what_the_diagnostics_say() -> None:
     assert {"capture", "factorise", "precondition"} <= {item.phase for item in record.phases}
 
 
-@pytest.mark.parametrize("name", ["rank_analysis", "grad_error"])
+@pytest.mark.parametrize("name", ["rank_analysis", "grad_error", "strength"])
 def test_a_diagnostic_of_the_preconditioner_needs_one(name: str) -> None:
     with pytest.raises(SettingError, match=f"diagnostics.{name} measure a preconditioner"):
         build_preconditioner(net(), experiment(diagnostics={name: True}), seed=0)
@@ -193,7 +193,7 @@ def test_kfac_is_built_for_the_loss() -> None:
 
 @pytest.mark.parametrize("name", ["rank_analysis", "grad_error"])
 def test_kfac_has_no_kernels_to_measure(name: str) -> None:
-    with pytest.raises(SettingError, match=f"diagnostics.{name} measure what hylo has and kfac has not"):
+    with pytest.raises(SettingError, match=f"diagnostics.{name} measures what hylo has and kfac has not"):
         build_preconditioner(
             net(), experiment(preconditioner={"name": "kfac"}, diagnostics={name: True}), seed=0
         )

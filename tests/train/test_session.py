@@ -201,6 +201,28 @@ def test_diagnostics_write_their_tables(tmp_path: Path) -> None:
     assert all(row["size_bytes"] > 0 for row in rows(run, "memory"))
 
 
+def test_kfac_writes_the_phases_of_the_original_study(tmp_path: Path) -> None:
+    """Compute and communicate factors, compute and communicate inverses: there taken away, here timed."""
+    settings = {"diagnostics.profiling": "true", "diagnostics.strength": "true"}
+    kfac = "{name: kfac, inverse_every: 4, factor_every: 2, damping: 0.5, rescale: damping}"
+    run = make_run(tmp_path, epochs=1, **settings, preconditioner=kfac)
+    assert train(run)
+    timed: dict[str, set[int]] = {}
+    for row in rows(run, "profiling", rank=0):
+        timed.setdefault(row["phase"], set()).add(row["step"])
+    refreshes = {1, 5, 9, 13}
+    assert timed["capture"] == timed["reduce"] == {1, 3, 5, 7, 9, 11, 13}
+    assert timed["invert"] == timed["broadcast"] == refreshes
+    assert timed["precondition"] == set(range(1, 14))
+    measured = rows(run, "strength")
+    assert {(row["step"], row["layer"]) for row in measured} == {
+        (step, layer) for step in refreshes for layer in ("0", "2", "6", "8")
+    }
+    # It preconditions, and one can tell from the numbers beside it why that much.
+    assert all(row["strength"] > 0 and row["mean_eigenvalue"] > 0 for row in measured)
+    assert {row["damping"] for row in measured} == {0.5}
+
+
 WINDOWS = {
     "mfac": {"preconditioner": "{name: mfac, num_grads: 8, damping: 0.1}"},
     "sparse mfac": {"preconditioner": "{name: mfac, num_grads: 8, damping: 0.1, storage: sparse}"},

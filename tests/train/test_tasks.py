@@ -139,7 +139,7 @@ class TestSegmentation:
 class TestClassification:
     def test_smoothing_counts_in_training_only(self) -> None:
         outputs, labels = torch.tensor([[4.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0])
-        task = Classification(0.2)
+        task = Classification(2, 0.2)
         plain = nn.functional.cross_entropy(outputs, labels, reduction="sum")
         assert task.loss(outputs, labels) != plain
         evaluation = task.evaluation(CPU)
@@ -148,3 +148,5 @@ class TestClassification:
         result = evaluation.result()
         assert result.sums.loss == pytest.approx(plain.item())
         assert (result.sums.correct, result.sums.count, result.patients) == (1, 2, {})
+        assert result.confusion is not None
+        assert result.confusion.tolist() == [[1, 1], [0, 0]]

@@ -61,7 +61,7 @@ class Pulse:
         beats: rises with each.
         left_s: seconds until the run limit.
         restarts: how often LSF has started the job again.
-        fate: ``RUNNING``; once LSF ends it ``REQUEUED``, ``PREEMPTED`` or ``KILLED``.
+        fate: ``RUNNING``; once LSF ends it ``REQUEUED`` or ``KILLED``.
     """
 
     beats: int

@@ -144,12 +144,10 @@ class Head:
         job_id = self.work.job_id
         mark = control.requeued_mark(self.files.folder.parent)
         mark.touch()  # first: between the two the job looks finished
-        try:
-            programs.command_output(["brequeue", lsf_id(job_id)], timeout_s=COMMAND_S)
-        except SchedulerError as error:
+        if refusal := _requeue(job_id):
             mark.unlink(missing_ok=True)
-            log.warning("%s", error)
-            self.files.answer(str(error))
+            log.warning("%s", refusal)
+            self.files.answer(refusal)
             return
         log.info("job %s is put back in the queue", job_id)
         self._fate = "REQUEUED"
@@ -224,6 +222,18 @@ def _signal_group(pid: int, number: int) -> None:
         log.debug("process group %d is gone", pid)
 
 
+def _requeue(job_id: str) -> str:
+    """Has LSF put the job back in the queue; returns why it does not, empty if it does."""
+    try:
+        said = programs.run(["brequeue", lsf_id(job_id)], timeout_s=COMMAND_S)
+    except SchedulerError as error:
+        return str(error)
+    # LSF ends the job within seconds, and may reach brequeue itself before that has ended
+    if said.status and "is being requeued" not in said.out:
+        return f"brequeue refused: {said.words() or 'no reason given'}"
+    return ""
+
+
 def _fate(job_id: str) -> str:
     """Returns what LSF's history says of a job that is being ended; killed where it does not say.
 
@@ -237,13 +247,12 @@ def _fate(job_id: str) -> str:
 
 
 def fate(history: str) -> str:
-    """Returns ``REQUEUED``, ``PREEMPTED`` or ``KILLED`` by the last signal in the output of ``bhist -l``."""
+    """Returns ``REQUEUED`` or ``KILLED`` by the last request in the output of ``bhist -l``.
+
+    Sites that preempt by killing have LSF requeue the job or migrate it, which starts it again, too.
+    """
     found = _REQUEST.findall(re.sub(r"\n {15,}", "", history))
-    if found and "REQUEUE" in found[-1]:
-        return "REQUEUED"
-    if found and found[-1] in ("PREEMPT", "MIG"):
-        return "PREEMPTED"
-    return "KILLED"
+    return "REQUEUED" if found and ("REQUEUE" in found[-1] or "MIG" in found[-1]) else "KILLED"
 
 
 def _arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

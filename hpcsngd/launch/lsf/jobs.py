@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from hpcsngd.launch.lsf.request import lsf_id
 from hpcsngd.launch.ownjob import OwnJob
 from hpcsngd.launch.queued import ENDED, PENDING, RUNNING, UNKNOWN, AlreadyEndedError, Answer
 
+FRESH_S = 5.0
+"""A head gives a sign of life every second, or after one command of LSF's."""
+POLL_S = 0.1
 CHUNK = 200
 """Ids in one question: command lines and LSF's patience are finite."""
 
@@ -247,12 +251,21 @@ def requeue(job_id: str, *, timeout_s: float) -> None:
 
 
 def own_job(job_id: str, *, timeout_s: float) -> OwnJob | None:
-    """Returns what the head knows of the job that this process runs in; None outside of one."""
+    """Returns what the head knows of the job that this process runs in; None outside of one.
+
+    LSF's signals may reach a task before the head has found out what they mean. So the word that counts is
+    the second one after the question, if the head is there to give it: at most `FRESH_S` later.
+    """
     folder = os.environ.get(control.FOLDER)
     if folder is None:
         return None
-    pulse = control.Control(Path(folder)).pulse()
-    return OwnJob(pulse.fate, pulse.restarts, pulse.fate == "PREEMPTED", pulse.left_s) if pulse else None
+    files = control.Control(Path(folder))
+    first = pulse = files.pulse()
+    deadline = time.monotonic() + min(FRESH_S, timeout_s)
+    while first and pulse and pulse.beats < first.beats + 2 and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        pulse = files.pulse()
+    return OwnJob(pulse.fate, pulse.restarts, False, pulse.left_s) if pulse else None
 
 
 def job_record(job_id: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcsngd.launch.rehearse import cluster, launchers, lsf_commands, slurm_commands
+from hpcsngd.launch.rehearse import cluster, launchers, lsf_commands, slurm_commands, slurm_listing
 
 Command = Callable[[list[str], Path], int]
 
@@ -21,8 +21,8 @@ def commands() -> dict[str, Command]:
         "lsrun": launchers.lsrun,
         "sbatch": slurm_commands.sbatch,
         "srun": slurm_commands.srun,
-        "squeue": slurm_commands.squeue,
-        "sacct": slurm_commands.sacct,
+        "squeue": slurm_listing.squeue,
+        "sacct": slurm_listing.sacct,
         "scancel": slurm_commands.scancel,
         "scontrol": slurm_commands.scontrol,
     }

@@ -47,6 +47,7 @@ class Job:
         submitted: when.
         is_held: whether it waits to be released.
         after: conditions ``(word, id)``: ``ok`` (ended well), ``notok``, ``any`` (ended).
+        excluded: hosts that it keeps off.
         output: file for what the script prints; the scheduler's own words go there too.
         options: what else was asked, for the commands.
         state: where it stands.
@@ -80,6 +81,7 @@ class Job:
     submitted: float = 0.0
     is_held: bool = False
     after: list[tuple[str, int]] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
     output: str = ""
     options: dict[str, str] = field(default_factory=dict)
     state: State = "pending"
@@ -178,7 +180,7 @@ class Book:
         with (self._jobs / f"{key}.keeper").open("ab") as log:
             subprocess.Popen(
                 words,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                env={**_unmarked(), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -228,7 +230,7 @@ class Book:
             job = next(job for job in jobs if job.key == key)
             running = [other for other in jobs if other.state in ("running", "suspended")]
             taken = {host for other in running for host in other.hosts}
-            free = [host for host in hosts if host not in taken]
+            free = [host for host in hosts if host not in taken and host not in job.excluded]
             siblings = sum(other.id == job.id for other in running)
             if len(free) < job.nodes or (job.parallel and siblings >= job.parallel):
                 job.reason = "resources"
@@ -247,6 +249,12 @@ class Book:
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
         fresh.replace(file)
+
+
+def _unmarked() -> dict[str, str]:
+    """Returns our environment without a job's marks: a job submitted by a job must outlive that one."""
+    marks = (cluster.JOB, cluster.HOST)
+    return {name: value for name, value in os.environ.items() if name not in marks}
 
 
 def _job(values: dict[str, Any]) -> Job:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,6 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
     "lsf": ("bsub", "bjobs", "bkill", "bhist", "brequeue", "bstop", "bresume", "bqueues", "bparams", "lsid"),
     "slurm": ("sbatch", "squeue", "scancel", "scontrol", "srun", "sacct"),
 }
-_LAUNCHERS = ("jsrun", "blaunch", "lsrun")
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,3 @@ def here(environment: Mapping[str, str]) -> Path:
     if FOLDER not in environment:
         raise SystemExit(f"{FOLDER} is not set: this command belongs to a rehearsal")
     return Path(environment[FOLDER])
-
-
-def launcher_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns those of the names that are launchers which a played LSF can have."""
-    return tuple(name for name in names if name in _LAUNCHERS)

@@ -60,6 +60,10 @@ MANNERS = {
 }
 
 
+# what ends a running job -> what its record then says
+_ENDINGS = {"kill": "killed", "requeue": "requeue", "preempt": "preempted", "lose": "node"}
+
+
 def processes(folder: Path, key: str, host: str | None = None) -> list[int]:
     """Returns the processes of a job of one cluster, on one played host or on all of them."""
     wanted = {f"{clusters.FOLDER}={folder}".encode(), f"{clusters.JOB}={key}".encode()}
@@ -167,8 +171,7 @@ class Keeper:
         host = self._cluster.batch_host or job.hosts[0]
         marks = {clusters.FOLDER: str(self._book.folder), clusters.JOB: self._key, clusters.HOST: host}
         self._stages, self._is_warned, self._again = [], False, False
-        # %J and %I are LSF's
-        output = Path(job.output.replace("%J", str(job.id)).replace("%I", str(job.index or 0)) or os.devnull)
+        output = Path(job.cwd, job.filled(job.output) or os.devnull)
         try:
             with output.open("ab") as file:
                 self._script = subprocess.Popen(
@@ -201,28 +204,24 @@ class Keeper:
         word, _, rest = request.partition(" ")
         with self._book.changing(self._key) as job:
             job.note(request)
-            if word in ("kill", "requeue", "preempt", "lose"):
-                reasons = {"kill": "killed", "preempt": "preempted", "lose": "node"}
-                job.reason = reasons.get(word, word)
-                job.is_preempted = word == "preempt"
-        if word in ("requeue", "preempt"):
-            self._again = True
-            self._stage(self._manners.preempt if word == "preempt" else self._manners.kill)
-        elif word == "kill":
-            self._again = False
-            self._stage(self._manners.kill)
-        elif word == "lose":
-            self._again = True
-            last = self._job().hosts[-1]
-            send(processes(self._book.folder, self._key, last), signal.SIGKILL)
-            self._stage(self._manners.preempt)
+            if word in _ENDINGS:
+                job.reason, job.is_preempted = _ENDINGS[word], word == "preempt"
+        if word in _ENDINGS:
+            self._again = word != "kill"
+            if word == "lose":
+                send(self._processes(self._job().hosts[-1]), KILL)
+            is_cut = word in ("preempt", "lose")
+            self._stage(self._manners.preempt if is_cut else self._manners.kill)
         elif word == "signal":
             send(self._targets(), int(rest))
         elif word in ("suspend", "resume"):
             is_stop = word == "suspend"
-            send(processes(self._book.folder, self._key), signal.SIGSTOP if is_stop else signal.SIGCONT)
+            send(self._processes(), signal.SIGSTOP if is_stop else signal.SIGCONT)
             with self._book.changing(self._key) as job:
                 job.state = "suspended" if is_stop else "running"
+
+    def _processes(self, host: str | None = None) -> list[int]:
+        return processes(self._book.folder, self._key, host)
 
     def _stage(self, signals: Sequence[signal.Signals], first_gap_s: float | None = None) -> None:
         due, gap_s = time.monotonic(), self._cluster.grace_s
@@ -248,7 +247,7 @@ class Keeper:
     def _send_what_is_due(self) -> None:
         while self._stages and self._stages[0][0] <= time.monotonic():
             _, number = self._stages.pop(0)
-            send(processes(self._book.folder, self._key) if number == KILL else self._targets(), number)
+            send(self._processes() if number == KILL else self._targets(), number)
 
     def _targets(self) -> list[int]:
         """Returns the processes that a signal to the job reaches."""
@@ -256,13 +255,13 @@ class Keeper:
             (self._cluster.batch_host or self._job().hosts[0]) if self._manners.is_first_host_only else None
         )
         script = self._script.pid if self._script and self._manners.spares_script else 0
-        return [pid for pid in processes(self._book.folder, self._key, host) if pid != script]
+        return [pid for pid in self._processes(host) if pid != script]
 
     def _finish(self) -> bool:
         """Records the end and removes what is left; returns whether the job starts again."""
         assert self._script is not None  # noqa: S101 - by _start
         status = self._script.wait()
-        while left := processes(self._book.folder, self._key):
+        while left := self._processes():
             send(left, KILL)
             time.sleep(0.02)
         requests = self._requests()

@@ -140,10 +140,10 @@ def _event(job: Job, note: str, cluster: Cluster, end: str) -> Iterator[str]:
     elif word == "signal":
         name = signal.Signals(int(rest)).name.removeprefix("SIG")
         yield f"Signal <{name}> requested by user or administrator <{job.user}>;"
-    elif word == "requeue" and cluster.flavor != "compatible":
-        yield f"Signal <REQUEUE_PEND> requested by user or administrator <{job.user}>;"
-    elif word == "preempt" and cluster.flavor != "compatible":
-        yield "Suspended: Job has been preempted;"
+    elif word in ("requeue", "preempt") and cluster.flavor != "compatible":
+        # sites that preempt by killing have the job requeued
+        who = job.user if word == "requeue" else "lsfadmin"
+        yield f"Signal <REQUEUE_PEND> requested by user or administrator <{who}>;"
     elif note == "exit 0":
         yield f"Done successfully. The CPU time used is 0.0 seconds{end}"
     elif word in ("exit", "ended"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -39,11 +40,21 @@ def rehearse(
     tiny = smoke.scaled_down(resolved, data_root)
     small = stage.scaled(tiny, made, run_root=str(folder / "runs"), nodes=nodes, ranks=ranks)
     book = Book(folder / "cluster")
-    with _within(clusters.install(book.folder, cluster)):
+    with _orderly(), _within(clusters.install(book.folder, cluster)):
         try:
             yield from played.play(Setting(resolved, small, cluster, book, folder), scenes)
         finally:
             _clear(book)
+
+
+@contextlib.contextmanager
+def _orderly() -> Iterator[None]:
+    """Makes SIGTERM leave as Ctrl-C does, so that the played jobs are ended."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

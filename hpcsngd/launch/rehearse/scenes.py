@@ -6,6 +6,7 @@ scenes wait for what must happen, up to `PATIENCE_S`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -54,7 +55,7 @@ class Check:
     wall_s: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setting:
     """What the scenes play with.
 
@@ -64,6 +65,7 @@ class Setting:
         cluster: the played cluster.
         book: its records.
         folder: for what the scenes write.
+        start_s: the longest time that a run has taken to its first steps, in seconds.
     """
 
     full: Resolved
@@ -71,6 +73,7 @@ class Setting:
     cluster: Cluster
     book: Book
     folder: Path
+    start_s: float = 30.0
 
 
 def play(setting: Setting, names: Sequence[str]) -> Iterator[Check]:
@@ -131,16 +134,12 @@ def completion(setting: Setting) -> Iterator[Check]:
     yield _cleanness(run, setting)
 
 
-def restarts(setting: Setting) -> Iterator[Check]:
-    """A run that does not end: preempted, stopped by the time limit, cancelled."""
+def preemption(setting: Setting) -> Iterator[Check]:
+    """A run that does not end by itself: preempted, then cancelled."""
     run = _submit(setting, stage.endless(setting.small))
-    yield _progress(run, 1, "a run trains")
+    yield _progress(run, 1, "a run trains", setting)
     setting.book.ask(_key(run), "preempt")
-    yield _progress(run, 2, "after a preemption the run goes on from its checkpoint")
-    yield _progress(run, 3, "after the time limit the run goes on from its checkpoint")
-    limit = run.attempt(2).ended_yaml
-    cause = str(rundir.read_yaml(limit)["cause"]) if limit.exists() else "nothing recorded"
-    yield Check("the time limit is told from other ends", cause == "timeout", cause)
+    yield _progress(run, 2, "after a preemption the run goes on from its checkpoint", setting)
     cancel.cancel([run])
     ended = _ended(run)
     is_kept = ended is not None and ended.state == "cancelled"
@@ -148,14 +147,27 @@ def restarts(setting: Setting) -> Iterator[Check]:
     yield _cleanness(run, setting)
 
 
+def limit(setting: Setting) -> Iterator[Check]:
+    """A run whose wall time is too short."""
+    run = _submit(setting, stage.brief(setting.small, setting.start_s))
+    yield _progress(run, 2, "after the time limit the run goes on from its checkpoint", setting)
+    word = run.attempt(1).ended_yaml
+    cause = str(rundir.read_yaml(word)["cause"]) if word.exists() else "nothing recorded"
+    yield Check("the time limit is told from other ends", cause == "timeout", cause)
+    cancel.cancel([run])
+    _ended(run)
+    yield _cleanness(run, setting)
+
+
 def failure(setting: Setting) -> Iterator[Check]:
     """A worker that is killed."""
     run = _submit(setting, stage.failing(setting.small))
-    yield _progress(run, 1, "another run trains")
+    yield _progress(run, 1, "another run trains", setting)
     ranks = setting.small.nodes * setting.small.ranks_per_node
     beat = lifeline.read_beat(run.attempts()[-1].heartbeats, f"rank{ranks - 1}")
-    if beat is not None:
-        os.kill(beat.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # then the next check says how the run ended
+        if beat is not None:
+            os.kill(beat.pid, signal.SIGKILL)
     ended = _ended(run)
     is_told = ended is not None and (ended.state, ended.fault_kind) == ("failed", "killed")
     yield Check("a killed worker ends the run, and the reason is told", is_told, _words(ended))
@@ -165,7 +177,8 @@ def failure(setting: Setting) -> Iterator[Check]:
 SCENES: dict[str, Callable[[Setting], Iterator[Check]]] = {
     "policy": policy,
     "completion": completion,
-    "restarts": restarts,
+    "preemption": preemption,
+    "limit": limit,
     "failure": failure,
 }
 
@@ -209,8 +222,9 @@ def _key(run: RunDir) -> str:
     return job.job_id if job else ""
 
 
-def _progress(run: RunDir, number: int, name: str) -> Check:
+def _progress(run: RunDir, number: int, name: str, setting: Setting) -> Check:
     """Waits until an attempt has trained some steps; a later attempt must say from where it goes on."""
+    began = time.monotonic()
 
     def look() -> str | None:
         state = status.states([run])[0]
@@ -218,7 +232,9 @@ def _progress(run: RunDir, number: int, name: str) -> Check:
             return f"it ended: {state.state}: {state.reason}"
         return _trained(run.attempt(number), is_first=number == 1)
 
-    found = _wait(look) or f"attempt {number} does not train; {status.states([run])[0].state}"
+    found = _wait(look) or f"no attempt {number} that trains; {status.states([run])[0].state}"
+    if number == 1:
+        setting.start_s = max(setting.start_s, time.monotonic() - began)
     return Check(name, found.startswith("attempt"), found)
 
 

@@ -7,19 +7,19 @@ they do not know is refused.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import getpass
 import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hpcsngd.launch.rehearse import cluster as clusters
+from hpcsngd.launch.rehearse import slurm_listing
 from hpcsngd.launch.rehearse.book import Book, Job
 from hpcsngd.launch.rehearse.launchers import RefusedError, Task, run_tasks
+from hpcsngd.launch.rehearse.slurm_listing import complain
 
 _BARE = frozenset({"exclusive", "requeue", "no-requeue", "hold", "parsable", "use-min-nodes"})
 _VALUED = frozenset(
@@ -58,11 +58,6 @@ _VALUED = frozenset(
 _SIGNALS = {"USR1": 10, "USR2": 12, "TERM": 15, "INT": 2, "KILL": 9}
 _RANGE = re.compile(r"(\d+)-(\d+)(?:%(\d+))?$")
 
-# our neutral record -> the words of squeue(1)
-_STATES = {"pending": "PENDING", "running": "RUNNING", "suspended": "SUSPENDED", "done": "COMPLETED"}
-_ENDS = {"limit": "TIMEOUT", "killed": "CANCELLED", "preempted": "PREEMPTED", "node": "NODE_FAIL"}
-_WAITS = {"dependency": "Dependency", "dependency-never": "DependencyNeverSatisfied"}
-
 
 def sbatch(words: list[str], folder: Path) -> int:
     """Submits a script; refuses options and requests as the site does."""
@@ -70,16 +65,11 @@ def sbatch(words: list[str], folder: Path) -> int:
         asked, script = _request(words)
         job, indices = _job(asked, script, folder)
     except RefusedError as error:
-        return _complain("sbatch: error", f"{error}", "sbatch: error: Batch job submission failed")
+        return complain("sbatch: error", f"{error}", "sbatch: error: Batch job submission failed")
     book = Book(folder)
     number = book.submit(job, dict(os.environ), indices)
     sys.stdout.write(f"{number}\n" if "parsable" in asked else f"Submitted batch job {number}\n")
     return 0
-
-
-def _complain(program: str, *lines: str) -> int:
-    sys.stderr.write(f"{program}: {lines[0]}\n" + "".join(f"{line}\n" for line in lines[1:]))
-    return 1
 
 
 def _request(words: Sequence[str]) -> tuple[dict[str, str], Path]:
@@ -135,6 +125,7 @@ def _job(asked: dict[str, str], script: Path, folder: Path) -> tuple[Job, list[i
         user=getpass.getuser(),
         is_held="hold" in asked,
         after=_after(asked.get("dependency", "")),
+        excluded=[host for host in asked.get("exclude", "").split(",") if host],
         output=asked.get("output", "slurm-%j.out"),
         options={**options, "qos": asked.get("qos", ""), "requeue": str("no-requeue" not in asked)},
     )
@@ -175,7 +166,7 @@ def srun(words: list[str], folder: Path) -> int:
     """Starts the job's tasks, ``ntasks-per-node`` on each node; returns the first failure's status."""
     job = Book(folder).read(os.environ.get(clusters.JOB, ""))
     if job is None:
-        return _complain("srun: error", "Unable to allocate resources: not inside a job")
+        return complain("srun: error", "Unable to allocate resources: not inside a job")
     outputs, rest = _srun_words(words)
     tasks = []
     for rank in range(job.nodes * job.tasks_per_node):
@@ -202,68 +193,6 @@ def _srun_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return outputs, rest
 
 
-def squeue(words: list[str], folder: Path) -> int:
-    """Lists jobs in the two forms that we ask for."""
-    form = next((word for word in words if word.startswith(("--format=", "--Format="))), "")
-    found = list(_chosen(words, folder))
-    if not found:
-        return _complain("slurm_load_jobs error", "Invalid job id specified")
-    for job in found:
-        if form.startswith("--Format="):
-            left = max(0, int(job.ends_at - time.time())) if job.started else int(job.walltime_s)
-            preempted = _clock(time.time()) if job.is_preempted else "N/A"
-            # the count includes a start that is yet to come
-            coming = job.restarts + (
-                job.state == "running" and job.reason in ("requeue", "preempted", "node")
-            )
-            row = f"{state(job):<30}{coming:<12}{preempted:<30}{_left(left):<30}"
-        else:
-            row = "|".join((job.key, state(job), _reason(job), _clock(job.started)))
-        sys.stdout.write(row + "\n")
-    return 0
-
-
-def sacct(words: list[str], folder: Path) -> int:
-    """Lists jobs, finished ones too, as ``JobID|State|Reason|Start``."""
-    for job in _chosen(words, folder, is_past=True):
-        sys.stdout.write("|".join((job.key, state(job), "None", _clock(job.started))) + "\n")
-    return 0
-
-
-def _chosen(words: Sequence[str], folder: Path, *, is_past: bool = False) -> Iterator[Job]:
-    listed = " ".join(words)
-    match = re.search(r"--jobs[= ](\S+)", listed)
-    book, forget_s = Book(folder), clusters.load(folder).forget_s
-    wanted = match[1].split(",") if match else []
-    for job in book.jobs():
-        is_remembered = is_past or not job.has_ended or time.time() - job.ended < forget_s
-        if is_remembered and (not wanted or job.key in wanted or str(job.id) in wanted):
-            yield job
-
-
-def state(job: Job) -> str:
-    """Returns a job's state as squeue(1) has it."""
-    if job.state == "running" and job.reason in ("killed", "limit"):
-        return "COMPLETING"
-    if job.state == "exit":
-        return _ENDS.get(job.reason, "FAILED")
-    return _STATES[job.state]
-
-
-def _reason(job: Job) -> str:
-    if job.state != "pending":
-        return "None"
-    return "JobHeldUser" if job.is_held else _WAITS.get(job.reason, "Resources")
-
-
-def _clock(moment: float) -> str:
-    return datetime.datetime.fromtimestamp(moment).isoformat(timespec="seconds") if moment else "N/A"  # noqa: DTZ006 - Slurm prints local time
-
-
-def _left(seconds: int) -> str:
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
 def scancel(words: list[str], folder: Path) -> int:
     """Cancels jobs, or sends them a signal."""
     rest = list(words)
@@ -277,7 +206,7 @@ def scancel(words: list[str], folder: Path) -> int:
     for word in rest:
         found = [job for job in book.jobs() if word in (job.key, str(job.id)) and not job.has_ended]
         if not found:
-            status = _complain("scancel: error", f"Kill job error on job id {word}: Invalid job id specified")
+            status = complain("scancel: error", f"Kill job error on job id {word}: Invalid job id specified")
         for job in found:
             book.ask(job.key, f"signal {number}" if number else "kill")
     return status
@@ -292,56 +221,19 @@ def scontrol(words: list[str], folder: Path) -> int:
         case ["show", "job", key, *_]:
             job = book.read(key)
             if job is None:
-                return _complain("slurm_load_jobs error", "Invalid job id specified")
-            sys.stdout.write(_job_line(job) + "\n")
+                return complain("slurm_load_jobs error", "Invalid job id specified")
+            sys.stdout.write(slurm_listing.job_line(job) + "\n")
         case ["show", "partition", *_]:
-            sys.stdout.write("".join(f"{line}\n" for line in partition_lines(cluster)))
+            sys.stdout.write("".join(f"{line}\n" for line in slurm_listing.partition_lines(cluster)))
         case ["show", "config"]:
             sys.stdout.write("MaxArraySize            = 1001\nAccountingStorageEnforce = none\n")
         case [("requeue" | "hold" | "release") as verb, key]:
             requests = {"requeue": "requeue", "hold": "suspend", "release": "release"}
             job = book.read(key)
             if job is None or (job.has_ended and verb != "requeue"):
-                return _complain("scontrol", f"Invalid job id specified for job {key}")
+                return complain("scontrol", f"Invalid job id specified for job {key}")
             with contextlib.suppress(KeyError):
                 book.ask(key, requests[verb])
         case _:
-            return _complain("scontrol", f"invalid keyword: {' '.join(words)}")
+            return complain("scontrol", f"invalid keyword: {' '.join(words)}")
     return 0
-
-
-def _job_line(job: Job) -> str:
-    facts = {
-        "JobId": job.key,
-        "JobName": job.name,
-        "Account": job.project,
-        "QOS": job.options.get("qos", ""),
-        "Partition": job.queue,
-        "JobState": state(job),
-        "Restarts": str(job.restarts),
-        "SubmitTime": _clock(job.submitted),
-        "StartTime": _clock(job.started),
-        "TimeLimit": _left(int(job.walltime_s)),
-        "NodeList": ",".join(job.hosts),
-        "NumNodes": str(job.nodes),
-    }
-    return " ".join(f"{name}={value or '(null)'}" for name, value in facts.items())
-
-
-def partition_lines(cluster: clusters.Cluster) -> list[str]:
-    """Returns what ``scontrol show partition --oneliner`` says of a cluster's queues."""
-    lines = []
-    for position, queue in enumerate(cluster.queues):
-        rows = [row for row in cluster.limits if row.queue in (None, queue)]
-        most = max((row.max_walltime_min for row in rows), default=0)
-        nodes = max((row.max_nodes for row in rows), default=len(cluster.hosts))
-        facts = {
-            "PartitionName": queue,
-            "Default": "NO" if position else "YES",
-            "State": "UP",
-            "TotalNodes": str(nodes),
-            "MaxNodes": "UNLIMITED",
-            "MaxTime": _left(60 * most) if most else "UNLIMITED",
-        }
-        lines.append(" ".join(f"{name}={value}" for name, value in facts.items()))
-    return lines

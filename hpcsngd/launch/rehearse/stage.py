@@ -6,6 +6,7 @@ image, the preload lines, GPUs for the workers and the network interfaces that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +20,7 @@ from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.rehearse.cluster import Cluster, Row
 
 ORIGIN = "rehearsal"
-WALLTIME = "2m"
-STOP_MARGIN_S = 60
-"""Of two minutes: the longest margin that is taken, so that workers have a minute to start in."""
+WALLTIME = "30m"
 
 # bkill's signals are 10 s apart (JOB_TERMINATE_INTERVAL), scancel's are KillWait, 30 s by default
 _GRACE_S = {"lsf": 10.0, "slurm": 30.0}
@@ -93,7 +92,6 @@ def scaled(resolved: Resolved, made: Plan, *, run_root: str, nodes: int, ranks: 
         "site.launch.resource_sets": None,
         "site.launch.rendezvous_timeout_s": 120,
         "site.scheduler.poll_s": 1,
-        "site.stop_margin_s": STOP_MARGIN_S,
         "site.run_root": run_root,
         "experiment.resources.nodes": nodes,
         "experiment.resources.ranks_per_node": ranks,
@@ -113,6 +111,21 @@ def endless(resolved: Resolved) -> Resolved:
     """Returns a configuration whose training does not end by itself, with a checkpoint after each epoch."""
     changes = {"experiment.epochs": 1_000_000, "experiment.checkpoint.every_epochs": 1}
     return amend(resolved, [Override(path, value, ORIGIN) for path, value in changes.items()])
+
+
+def brief(resolved: Resolved, start_s: float) -> Resolved:
+    """Returns an endless run with a wall time that it soon reaches.
+
+    Workers are asked to leave at half of it, the earliest that is possible; until then they have twice the
+    time that they are known to need for a start.
+
+    Args:
+        resolved: the run in small.
+        start_s: seconds that a run took from its start to its first steps.
+    """
+    minutes = max(2, math.ceil(4 * start_s / 60))
+    changes = {"experiment.resources.walltime": minutes, "site.stop_margin_s": 30 * minutes}
+    return amend(endless(resolved), [Override(path, value, ORIGIN) for path, value in changes.items()])
 
 
 def failing(resolved: Resolved) -> Resolved:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpcsngd.launch.lsf import plugin
+from hpcsngd.launch.lsf import plugin, watching
 from hpcsngd.launch.rehearse import cluster, life
 from hpcsngd.launch.rehearse.book import Book
 from hpcsngd.launch.rehearse.cluster import Cluster
@@ -42,7 +42,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
         for name, value in cluster.install(tmp_path / "cluster", played).items():
             monkeypatch.setenv(name, value)
         # both remember what belongs to another test's cluster
-        monkeypatch.setattr(plugin.LsfJob, "watcher", plugin.LsfWatcher(delay_s=2))
+        monkeypatch.setattr(watching.LsfJob, "watcher", watching.LsfWatcher(delay_s=2))
         plugin.array_limit.cache_clear()
         books.append(Book(tmp_path / "cluster"))
         return books[-1]

@@ -18,7 +18,7 @@ from submitit.helpers import Checkpointable
 
 from hpcsngd.errors import SchedulerError
 from hpcsngd.launch import processes
-from hpcsngd.launch.lsf import control, jobs, node, plugin
+from hpcsngd.launch.lsf import control, jobs, node, plugin, watching
 from hpcsngd.launch.queued import Answer
 from hpcsngd.launch.rehearse import lsf_commands, lsf_listing
 from hpcsngd.launch.rehearse.book import Book
@@ -247,10 +247,10 @@ def cmdline(pid: int) -> bytes:
         return b""
 
 
-def watcher_of(book: Book, state: str, monkeypatch: pytest.MonkeyPatch) -> plugin.LsfWatcher:
+def watcher_of(book: Book, state: str, monkeypatch: pytest.MonkeyPatch) -> watching.LsfWatcher:
     """Returns a watcher that knows one finished job of the book, shown in a state."""
-    monkeypatch.setattr(plugin, "SETTLE_S", 0.0)
-    watcher = plugin.LsfWatcher(delay_s=1)
+    monkeypatch.setattr(watching, "SETTLE_S", 0.0)
+    watcher = watching.LsfWatcher(delay_s=1)
     watcher.register_job("101")
     with book.changing("101") as job:
         job.options[lsf_listing.SHOWN_STATE] = state
@@ -289,8 +289,8 @@ def finished(play: Play, **more: Any) -> Book:
 
 def test_an_end_counts_only_when_it_has_stood(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(play)
-    monkeypatch.setattr(plugin, "SETTLE_S", 1.0)
-    watcher = plugin.LsfWatcher(delay_s=600)
+    monkeypatch.setattr(watching, "SETTLE_S", 1.0)
+    watcher = watching.LsfWatcher(delay_s=600)
     watcher.register_job("101")
     watcher.update()
     assert watcher.get_state("101", mode="cache") == "COMPLETING"
@@ -303,7 +303,7 @@ def test_a_forgotten_job_is_found_in_the_history_or_lost(play: Play, monkeypatch
     watcher = watcher_of(book, "RUN", monkeypatch)
     assert watcher.get_state("101", mode="cache") == "COMPLETED"
     watcher.register_job("999")
-    for _ in range(plugin.LOST_ROUNDS):
+    for _ in range(watching.LOST_ROUNDS):
         assert not watcher.is_done("999", mode="cache")
         watcher.update()
     assert watcher.get_state("999", mode="cache") == "LOST"
@@ -314,7 +314,7 @@ def test_an_outage_changes_nothing(play: Play, monkeypatch: pytest.MonkeyPatch) 
     book = finished(play)
     watcher = watcher_of(book, "RUN", monkeypatch)
     (book.folder / lsf_commands.DOWN).touch()
-    for _ in range(2 * plugin.LOST_ROUNDS):
+    for _ in range(2 * watching.LOST_ROUNDS):
         watcher.update()
     assert watcher.get_state("101", mode="cache") == "RUNNING"
 
@@ -322,17 +322,17 @@ def test_an_outage_changes_nothing(play: Play, monkeypatch: pytest.MonkeyPatch) 
 def test_a_job_that_asked_for_its_requeue_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "SETTLE_S", 0.0)
+    monkeypatch.setattr(watching, "SETTLE_S", 0.0)
     monkeypatch.setattr(jobs, "ask", lambda ids, **_: Answer({"7": jobs.Job("7", "DONE")}))
     mark = control.requeued_mark(control.job_folder(tmp_path, "7"))
     mark.parent.mkdir()
     mark.touch()
-    watcher = plugin.LsfWatcher()
+    watcher = watching.LsfWatcher()
     watcher.register_job("7")
     watcher.register_folder("7", tmp_path)
     watcher.update()
     assert watcher.get_state("7", mode="cache") == "REQUEUED"
-    monkeypatch.setattr(plugin, "REQUEUE_S", 0.0)  # killed while it was pending: the mark stays
+    monkeypatch.setattr(watching, "REQUEUE_S", 0.0)  # killed while it was pending: the mark stays
     watcher.update()
     assert watcher.get_state("7", mode="cache") == "COMPLETED"
 

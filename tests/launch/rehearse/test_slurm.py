@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcsngd.launch import ownjob, partitions, slurm
-from hpcsngd.launch.rehearse import cluster, slurm_commands
+from hpcsngd.launch.rehearse import cluster, life, slurm_commands, slurm_listing
 from hpcsngd.launch.rehearse.book import Book
 from hpcsngd.launch.rehearse.cluster import Cluster, Row
 
@@ -92,7 +92,7 @@ def test_our_parsers_read_its_answers(book: Book) -> None:
     assert own.fate(0) == "running"
     assert 200 < (own.left_s or 0) <= 300
     assert slurm.job_record("102")["NumNodes"] == "2"
-    listed = "\n".join(slurm_commands.partition_lines(cluster.load(book.folder)))
+    listed = "\n".join(slurm_listing.partition_lines(cluster.load(book.folder)))
     known = partitions.parse_partitions(listed)
     assert [(one.name, one.is_default, one.max_minutes) for one in known.values()] == [
         ("short", True, 60),
@@ -118,6 +118,42 @@ def test_a_requeued_job_counts_its_restarts(book: Book) -> None:
         time.sleep(0.05)
         job = book.read("101") or job
     assert job.restarts == 1
+
+
+def test_a_lost_node_restarts_the_job_and_can_be_kept_off(book: Book) -> None:
+    body = '[ "$SLURM_RESTART_COUNT" = 1 ] && exit 0; srun sleep 300'
+    assert sbatch(body=body, nodes="2", exclude="n1,n3").returncode == 0
+    wait_for(book, "101", "running")
+    started = book.read("101")
+    assert started is not None
+    assert started.hosts == ["n2", "n4"]
+    deadline = time.monotonic() + 60
+    while not life.processes(book.folder, "101", "n4"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    book.ask("101", "lose")
+    while (job := book.read("101")) is None or not (job.restarts and job.has_ended):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+    assert (job.state, job.hosts) == ("done", ["n2", "n4"])
+    assert [words for _, words in job.history].count("requeued") == 1
+
+
+def test_a_suspended_job_stands_still(book: Book) -> None:
+    assert sbatch(body="touch begun; exec sleep 300").returncode == 0
+    deadline = time.monotonic() + 60
+    while not Path("begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    book.ask("101", "suspend")
+    wait_for(book, "101", "suspended")
+    (pid,) = life.processes(book.folder, "101")
+    assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    book.ask("101", "resume")
+    wait_for(book, "101", "running")
+    slurm.cancel(["101"], timeout_s=30)
+    wait_for(book, "101", "exit")
+    assert life.processes(book.folder, "101") == []
 
 
 def test_dependencies_arrays_and_the_time_limit(book: Book) -> None:
