@@ -30,7 +30,7 @@ demo: venv ## train digits with HyLo on two ranks of this machine; ends with a r
 
 # Runs of digits that have what most figures show; made again, only what is missing runs.
 FIGURE_RUNS := $(BIN)/hpcsngd submit --site local --wait --run-root runs/figures --profiling
-MICROSCOPE  := --rank-analysis --grad-norm --grad-error --set diagnostics.quantify_every=5
+MICROSCOPE  := --rank-analysis --grad-norm --grad-error --set diagnostics.quantify_every=5 --set checkpoint.keep=10
 figures: venv ## the papers' figures from runs in runs/, after making runs of digits (ten minutes); into figures/
 	@for exp in digits-sgd digits-kfac; do $(FIGURE_RUNS) --exp $$exp --matrix seed=1,2,3 || exit; done
 	@$(FIGURE_RUNS) --exp digits-hylo --matrix seed=1,2,3 $(MICROSCOPE)
@@ -38,6 +38,7 @@ figures: venv ## the papers' figures from runs in runs/, after making runs of di
 	  --set preconditioner.ratio=0.25 $(MICROSCOPE)
 	@for ranks in 1 4; do $(FIGURE_RUNS) --exp digits-kfac --ranks-per-node $$ranks --matrix seed=1 \
 	  --set batch_size=$$((64 / $$ranks)) || exit; done
+	@$(BIN)/hpcsngd landscape runs/figures/digits-hylo-sweep-*/0000-* --points 25
 	@for spec in analysis/reports/*.yaml; do $(BIN)/hpcsngd report runs/figures/* --spec $$spec \
 	  --out figures/$$(basename $$spec .yaml).html || echo "$$spec: no runs for it here"; done
 

@@ -206,16 +206,19 @@ def render(report: Report) -> str:
         hours=_read(text.hours),
     )
     which, page, runs = report.context, report.content, report.context.runs
+    keyed = _keyed(report.panels)
     return environment.get_template("report.html").render(
         content=page,
         summary=page.summary,
         options=which.options,
         drawings={panel.id: _script_json(panel) for panel in report.panels},
         styles={run.name: drawing.style(position) for position, run in enumerate(runs.records)},
-        splits=_splits(runs),
+        splits=_splits(runs) if "split" in keyed else [],
         hides_training=len(runs.records) > figures.MANY,
-        has_key=not which.is_crowded,
-        groups=_group_key(which, page.sections),
+        has_key=not which.is_crowded and "run" in keyed,
+        groups=[(group.name, drawing.style(place)) for place, group in enumerate(which.groups)]
+        if "group" in keyed
+        else [],
         plotly_js=Markup(get_plotlyjs()),  # noqa: S704 - our own dependency's script, not user text
         version=__version__,
         written=utc_now(),
@@ -228,12 +231,9 @@ def _splits(runs: Runs) -> list[str]:
     return [*found, *dict.fromkeys(map(str, runs.tables["eval"]["split"]))]
 
 
-def _group_key(which: Context, made: Sequence[Section]) -> list[tuple[str, drawing.Style]]:
-    """Returns the groups with their looks, where a figure draws them."""
-    metas = [trace.meta or {} for section in made for panel in section.panels for trace in panel.figure.data]
-    if not any("group" in meta for meta in metas):
-        return []
-    return [(group.name, drawing.style(place)) for place, group in enumerate(which.groups)]
+def _keyed(panels: Sequence[Panel]) -> set[str]:
+    """Returns what traces of the figures belong to: ``run``, ``group``, ``split``."""
+    return {key for panel in panels for trace in panel.figure.data for key in trace.meta or {}}
 
 
 def _script_json(panel: Panel) -> Markup:

@@ -18,6 +18,7 @@ from hpcsngd.errors import HpcsngdError, RunDirError
 from hpcsngd.rundir import Status
 from hpcsngd_analysis.figures import style
 from hpcsngd_analysis.report import to_json, write_report
+from hpcsngd_analysis.sections.context import Options
 from tests.analysis.runs import EXAMPLES, make_run
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base", "embed", "source"}
@@ -386,3 +387,12 @@ def test_a_damaged_run_is_named_instead_of_left_out(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match=r"train.csv:3: "):
         write_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_without_figures_of_runs_has_no_key(tmp_path: Path) -> None:
+    run = make_run(tmp_path, tables={"train": [{"step": 1}], "profiling": [{"step": 1, "phase": "forward"}]})
+    options = Options(sections=("phases",))
+    out = write_report([run.path], tmp_path / "report.html", options)
+    page = Page(out.read_text(encoding="utf-8"))
+    assert set(page.drawings) == {"phases-refresh", "phases-kinds"}
+    assert not [each for each in page.all("button") if "data-run" in each or "data-split" in each]
