@@ -65,7 +65,7 @@ resources = with_options(
 
 ordering = with_options(
     click.option("--after", multiple=True, type=RUNS, help="Start when this run has completed; repeatable."),
-    click.option("--hold", is_flag=True, help="Submit, but do not start before 'scontrol release' or 'bresume'."),
+    click.option("--hold", is_flag=True, help="Submit, but wait for 'scontrol release' or 'bresume'."),
     click.option("--probe", is_flag=True, help="First import torch on a node, as the workers will."),
 )
 """The options that say when a job may start."""
