@@ -77,7 +77,7 @@ class Layer:
         return factors_are_cheaper(positions, d_in, d_out // self.groups)
 
     def to_matrix(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Returns tensors shaped like `parameters` (their gradients, say) as one matrix ``(d_out, d_in)``."""
+        """Returns tensors shaped like `parameters` as one matrix ``(d_out, d_in)``, perhaps a view."""
         weight, *bias = parameters
         matrix = self._weights_to_matrices(weight.unsqueeze(0))[0]
         return torch.cat([matrix, *(b.unsqueeze(1) for b in bias)], 1) if bias else matrix

@@ -217,8 +217,13 @@ def test_an_archive_to_unpack_on_the_nodes_is_all_that_must_be_there(
 
 
 def test_data_that_only_nodes_see_are_not_looked_for(
-    configure: Configure, host: Host, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    configure: Configure,
+    host: Host,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # whatever scheduler this machine has
     bare = dataclasses.replace(host, exists=lambda path: False)
     site = changed(data_root="/data", data_root_on="nodes")
     resolved = configure(site, data__name="fashion-mnist")

@@ -37,7 +37,8 @@ def check_step(model: nn.Module, kfac: KFAC, data: tuple[Tensor, Tensor], names:
     model.zero_grad()
     half_squares(model(data[0]), data[1]).backward()
     layers = {layer.name: layer for layer in kfac._layers if layer.name in names}
-    plain = {name: layer.to_blocks([p.grad for p in layer.parameters]) for name, layer in layers.items()}
+    copies = {name: [p.grad.clone() for p in layer.parameters] for name, layer in layers.items()}
+    plain = {name: layer.to_blocks(copies[name]) for name, layer in layers.items()}
     kfac.step()
     found = {name: layer.to_blocks([p.grad for p in layer.parameters]) for name, layer in layers.items()}
     kfac.close()
