@@ -65,18 +65,19 @@ def test_accessibility(view: View) -> None:
     assert [(each["id"], each["nodes"][0]["html"][:120]) for each in found.response["violations"]] == []
 
 
-def visible(view: View, figure: str, run: int) -> set[object]:
-    """Returns how the curves of a run are shown in a figure."""
+def shown(view: View, figure: str, run: int) -> tuple[int, int]:
+    """Returns how many curves of a run a figure shows, and how many it has."""
     found: list[object] = view.page.evaluate(
         """([figure, run]) => document.getElementById(`plot-${figure}`).data
             .filter(trace => trace.meta?.run === run).map(trace => trace.visible ?? true)""",
         [figure, run],
     )
-    return set(found)
+    return sum(state is True for state in found), len(found)
 
 
 def test_the_filter_hides_rows_and_curves(laptop: View) -> None:
     rows = laptop.page.locator("#table-runs tbody tr")
+    before = [shown(laptop, "accuracy-epoch", run) for run in range(9)]
     laptop.page.fill("#filter", "net-hylo completed")
     laptop.page.wait_for_selector("#filtered:has-text('5 of 9 runs')")
     assert rows.locator("visible=true").count() == 5
@@ -84,25 +85,31 @@ def test_the_filter_hides_rows_and_curves(laptop: View) -> None:
     hylo, sgd = (
         next(place for place, name in enumerate(names) if text in name) for text in ("hylo-1", "sgd-1")
     )
-    assert True in visible(laptop, "accuracy-epoch", hylo)
-    assert visible(laptop, "accuracy-epoch", sgd) == {False}
+    assert before[hylo][0] > 0
+    assert before[sgd][0] > 0
+    assert shown(laptop, "accuracy-epoch", hylo) == before[hylo]
+    assert shown(laptop, "accuracy-epoch", sgd) == (0, before[sgd][1])
     assert laptop.page.locator(f".key button[data-run='{sgd}']").is_hidden()
     laptop.page.fill("#filter", "")
     laptop.until("document.getElementById('filtered').textContent === ''")
     assert rows.locator("visible=true").count() == 9
-    assert True in visible(laptop, "accuracy-epoch", sgd)
+    assert [shown(laptop, "accuracy-epoch", run) for run in range(9)] == before
 
 
 def test_a_name_of_the_key_hides_its_curves_in_all_figures(laptop: View) -> None:
     button = laptop.page.locator(".key button[data-run='1']")
+    figures = ("accuracy-epoch", "loss-charged_s", "gradient-norm", "damping")
+    before = {figure: shown(laptop, figure, 1) for figure in figures}
+    assert all(count > 0 for count, _ in before.values())
     button.focus()
     laptop.page.keyboard.press("Enter")
     assert button.get_attribute("aria-pressed") == "false"
-    for figure in ("accuracy-epoch", "loss-charged_s", "gradient-norm", "damping"):
-        assert visible(laptop, figure, 1) == {False}
+    assert {figure: shown(laptop, figure, 1) for figure in figures} == {
+        figure: (0, count) for figure, (_, count) in before.items()
+    }
     laptop.page.keyboard.press("Space")
     assert button.get_attribute("aria-pressed") == "true"
-    assert True in visible(laptop, "accuracy-epoch", 1)
+    assert {figure: shown(laptop, figure, 1) for figure in figures} == before
 
 
 def test_the_legend_of_a_figure_hides_a_part(laptop: View) -> None:
