@@ -15,11 +15,13 @@ from torch import Tensor
 
 from hpcsngd.optim.base import Schedule
 from hpcsngd.optim.checks import check_choice, positive
+from hpcsngd.optim.chosen import Parameters
+from hpcsngd.optim.clipping import Clip
 from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.stored import EntryFormat, Storage, StoreRule
 from hpcsngd.optim.topk import MAX_BLOCK, Scope
 from hpcsngd.optim.window import solve_shifted
-from hpcsngd.optim.windowed import Clip, Parameters, Windowed
+from hpcsngd.optim.windowed import Windowed
 
 #: What the sum of outer products is divided by: m always, or the number of gradients so far.
 ScaleRule = Literal["window", "count"]
@@ -37,10 +39,6 @@ class MFAC(Windowed):
     The gradients are those that ``step()`` finds, averaged over batch and ranks; the newest is in the window
     when it is preconditioned. Damping is in units of the eigenvalues of the mean outer product of *batch*
     gradients; unlike with HyLo and K-FAC these depend on the batch size: less noise, smaller eigenvalues.
-
-    Weight decay. Coupled decay is ``weight_decay`` here: ``g + weight_decay w`` is preconditioned, and g
-    alone is stored. Decay that is multiplied by the learning rate and not preconditioned is the optimizer's
-    (``weight_decay`` of SGD beside a preconditioner adds it after preconditioning). Both may be used.
 
     Memory: dense ``4 m d`` bytes; sparse ``b m k + 4 d`` with b bytes per entry (8, 6 or 4) and
     ``k = density d``; low rank ``4 m rank sum(n_1 + n_2) + 4 d``; always ``8 m^2`` for the Gram matrix.
@@ -64,7 +62,7 @@ class MFAC(Windowed):
             is full.
         feedback_scale: factor of a gradient as it enters the error, number or function of the step; 1 leaves
             the learning rate to the optimizer (EFCP's first version).
-        weight_decay: coupled weight decay.
+        weight_decay: coupled: preconditioned, not stored; see `hpcsngd.optim.decay`.
         clip_norm: largest norm of the result.
         clip_value: largest absolute entry of the result.
         skip: modules whose parameters keep their plain gradient; needs a model.
@@ -108,8 +106,6 @@ class MFAC(Windowed):
         check_choice("early", early, get_args(Early))
         if early != "none" and storage != "sparse":
             raise ValueError(f"early={early!r}: is for sparse storage")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay={weight_decay}: must not be negative")
 
         rule = StoreRule(storage, density, entries, scope, block_size, feedback, low_rank, seed)
         super().__init__(
@@ -119,13 +115,13 @@ class MFAC(Windowed):
             dtype=dtype,
             skip=skip,
             scale=feedback_scale,
+            weight_decay=weight_decay,
             clip=Clip(clip_norm, clip_value),
             profile=profile,
         )
         positive("damping", damping, 0)
         self._damping_schedule = damping
         self._scale_rule, self._target, self._early = scale_rule, target, early
-        self._weight_decay = weight_decay
 
     def _damping(self) -> float:
         return positive("damping", self._damping_schedule, self._step)
