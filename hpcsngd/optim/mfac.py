@@ -7,8 +7,8 @@ ICML 2024.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from hpcsngd.optim.checks import check_choice, positive
 from hpcsngd.optim.chosen import Parameters
 from hpcsngd.optim.clipping import Clip
 from hpcsngd.optim.covering import Skip
+from hpcsngd.optim.factor import BLOCK, RingFactor
 from hpcsngd.optim.stored import EntryFormat, Storage, StoreRule
 from hpcsngd.optim.topk import MAX_BLOCK, Scope
 from hpcsngd.optim.window import solve_shifted
@@ -33,6 +34,10 @@ Target = Literal["sent", "gradient"]
 Early = Literal["none", "gradient", "error", "dense"]
 
 
+#: A factor is kept for windows of more blocks than this.
+_FEW_BLOCKS = 8
+
+
 class MFAC(Windowed):
     """Preconditions the gradient by ``(damping I + 1/s sum_i g_i g_i^T)^-1`` over the last m gradients.
 
@@ -41,7 +46,8 @@ class MFAC(Windowed):
     gradients; unlike with HyLo and K-FAC these depend on the batch size: less noise, smaller eigenvalues.
 
     Memory: dense ``4 m d`` bytes; sparse ``b m k + 4 d`` with b bytes per entry (8, 6 or 4) and
-    ``k = density d``; low rank ``4 m rank sum(n_1 + n_2) + 4 d``; always ``8 m^2`` for the Gram matrix.
+    ``k = density d``; low rank ``4 m rank sum(n_1 + n_2) + 4 d``; always ``8 m^2`` for the Gram matrix, and
+    from m = 257 on about as much for its factor (`hpcsngd.optim.factor`).
 
     Args:
         parameters: a model or its DistributedDataParallel wrapper, or parameters.
@@ -122,6 +128,9 @@ class MFAC(Windowed):
         positive("damping", damping, 0)
         self._damping_schedule = damping
         self._scale_rule, self._target, self._early = scale_rule, target, early
+        # below, all anew is as fast; on a GPU nobody has measured it
+        is_large = num_grads > _FEW_BLOCKS * BLOCK and self._flat.device.type == "cpu"
+        self._factor = RingFactor(self._ring) if is_large else None
 
     def _damping(self) -> float:
         return positive("damping", self._damping_schedule, self._step)
@@ -165,12 +174,38 @@ class MFAC(Windowed):
         return None if solved is None else (vector - self._combine(solved)) / self._damping()
 
     def _solved(self, right_side: Tensor) -> Tensor | None:
+        shift = self._divisor * self._damping()
         with self._stopwatch.phase("factorise"):
-            found = solve_shifted(self._ring.gram, self._divisor * self._damping(), right_side)
+            if self._factor is not None and self._is_steady:
+                solved = self._factor.solve(shift, right_side)
+                if solved is not None:
+                    self._jittered = 0
+                    return solved
+            found = solve_shifted(self._ring.gram, shift, right_side)
         if found is None:
             return None
         self._jittered = int(found[1] > 0)
         return found[0]
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether the shift is that of the step before; else a kept factor would be made anew each time."""
+        is_full = self._ring.count == self._ring.capacity
+        return not callable(self._damping_schedule) and (is_full or self._scale_rule == "window")
+
+    def _held(self) -> dict[str, int]:
+        held = super()._held()
+        return held if self._factor is None else held | {"factor": self._factor.memory_bytes()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state of `state_dict`.
+
+        Raises:
+            ValueError: it belongs to another method, window or model.
+        """
+        super().load_state_dict(state)
+        if self._factor is not None:
+            self._factor.reset()
 
     def _checked(self, newest: Tensor) -> tuple[float, float] | None:
         # The dense matrix of d x d is applied, gradient by gradient.
