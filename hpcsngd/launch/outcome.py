@@ -112,7 +112,7 @@ def _complete(context: Context) -> None:
         time.sleep(0.2)
     result = rundir.read_yaml(attempt.finished_yaml)
     lost = ", ".join(result.get("lost_workers", ()))
-    reason = f"went on without {lost}" if lost else ""
+    reason = f"went on although {lost}" if lost else ""
     context.run.write_status(Status("completed", reason, attempt.number, result=result))
 
 

@@ -306,7 +306,7 @@ class Server:
             if worker not in self._gone:
                 self._gone.add(worker)
                 log.warning("worker %d %s", worker, how)
-                self._position.lost.append(f"worker {worker} {how} after step {self._engine.version}")
+                self._position.lost.append(f"worker {worker} {how}, seen after step {self._engine.version}")
                 self._engine.lose(worker, how)
 
     def _at_boundary(self) -> None:

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 SERVER = "server"
 PING_S = 2.0
-# torch refuses 0, its word for no limit; a worker may wait for a slow one, and for an evaluation
-_NO_LIMIT_S = 30 * 86400.0
+# torch refuses 0, its word for no limit, and counts milliseconds in 32 bits; a worker may wait for a slow one
+_NO_LIMIT_S = 7 * 86400.0
 
 
 @dataclass(frozen=True)

@@ -18,25 +18,33 @@ from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.stopping import StopRequest
 from tests.train.runs import CPU, make_run
 
-ASYNC: dict[str, Any] = {"strategy": "parameter_server", "parameter_server": "{mode: async}"}
-SYNC = ASYNC | {"parameter_server": "{mode: sync}"}
-
 
 def served(tmp_path: Path, section: str = "{}", **settings: Any) -> RunDir:
     """Returns a new run with a parameter server; ``section`` is the YAML of its settings."""
     return make_run(tmp_path, strategy="parameter_server", parameter_server=section, **settings)
 
 
+class WorkerDiedError(Exception):
+    """Ends a worker as a signal would: it says nothing."""
+
+
 class DirectLink:
     """Calls the server at once."""
 
-    def __init__(self, server: Server, worker: int, on_push: Callable[[int, Push], None]) -> None:
-        self._server, self._worker, self._on_push = server, worker, on_push
+    def __init__(
+        self,
+        server: Server,
+        worker: int,
+        on_begin: Callable[[], None],
+        on_push: Callable[[int, Push], None],
+    ) -> None:
+        self._server, self._worker, self._on_begin, self._on_push = server, worker, on_begin, on_push
 
     def join(self) -> Mapping[str, Any] | None:
         return self._server.join(self._worker)
 
     def begin(self, streams: Mapping[str, Any]) -> Assignment | Ending:
+        self._on_begin()
         return self._server.begin(self._worker, streams)
 
     def push(self, push: Push) -> int:
@@ -55,20 +63,35 @@ def train(
     attempt: int = 1,
     *,
     workers: int = 1,
+    stop_after: int | None = None,
     on_push: Callable[[int, Push], None] = lambda worker, push: None,
 ) -> bool:
-    """Trains a run; returns whether it is finished. ``on_push`` sees every push before the server."""
+    """Trains a run; returns whether it is finished.
+
+    Args:
+        run: the run.
+        attempt: number of the attempt.
+        workers: how many there are.
+        stop_after: ask for a stop when a worker wants more after so many steps; None: never.
+        on_push: sees every push before the server; what it raises ends its worker without a word.
+    """
     resolved = resolve.from_record(run.record()["config"])
     job = session.Job(run, attempt, resolved, CPU, workers, time.monotonic(), Pulse())
     session.check_ranks(job)
-    problems: list[BaseException] = []
+
+    def stop_if_due() -> None:
+        if stop_after is not None and built.server.progress.step >= stop_after:
+            stop_request._is_signalled = True
+            built.server._engine.hold()
 
     def work(number: int) -> None:
+        link = DirectLink(built.server, number, stop_if_due, on_push)
         try:
-            session.build_worker(job, number, DirectLink(built.server, number, on_push)).run()
-        except BaseException as error:
+            session.build_worker(job, number, link).run()
+        except WorkerDiedError:
+            run.attempt(attempt).write_lost(number, "was ended by a test")
+        except Exception:
             built.server.leave(number)
-            problems.append(error)
 
     with StopRequest(run.attempt(attempt).stop_request) as stop_request:
         built = session.build_server(job, stop_request)
