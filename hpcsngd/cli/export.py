@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("runs", nargs=-1, required=True, type=RUNS)
 @click.option("--to", required=True, type=click.Choice(["tensorboard", "wandb"]), help="Which tracker.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; default: the tracker's name."
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; default: exports/TRACKER."
 )
 @click.option("--live", is_flag=True, help="Go on until all runs have ended.")
 @click.option(
@@ -58,7 +58,7 @@ def export(
         raise ConfigError(
             f"exports need the extra 'analysis': pip install 'hpcsngd[analysis]' ({error})"
         ) from error
-    folder = out or Path(to)
+    folder = out or Path("exports") / to
     how = mode or weights_biases.default_mode()
 
     def build(run: Run) -> Tracker:

@@ -1,10 +1,10 @@
 """Weights & Biases runs from a run's numbers, offline unless somebody is logged in. Needs the package wandb.
 
 Its history can only grow. Beside it a small file remembers up to which step it goes, with a digest of what
-was logged. Numbers of later steps are added; if what was logged has changed since, because a later attempt did
-its steps again, the history begins anew: offline in place of the earlier folder, and as another run where the
-server has seen the earlier one. Offline folders are not opened a second time, so there everything is logged
-again whenever there is more.
+was logged. Numbers of later steps are added; if what was logged has changed since, because a later attempt
+did its steps again, the history begins anew: offline in place of the earlier folder, and as another run where
+the server has seen the earlier one. Offline folders are not opened a second time, so there everything is
+logged again whenever there is more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HOST = "https://api.wandb.ai"
 
 
 def default_mode() -> Mode:
-    """Returns ``online`` where a login of wandb is found and ``$WANDB_MODE`` does not object, else ``offline``."""
+    """Returns ``online`` where a login of wandb is found or ``$WANDB_MODE`` says so, else ``offline``."""
     asked = os.environ.get("WANDB_MODE", "")
     if asked:
         return "online" if asked == "online" else "offline"
