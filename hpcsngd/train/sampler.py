@@ -151,21 +151,21 @@ class ShardedSampler(Sampler[list[int]]):
 
     def _cut(self, start: int, stop: int) -> list[list[int]]:
         """Returns this rank's micro-batches of a stretch of the epoch's order."""
-        order, shares = self._order(), even_parts(stop - start, self._ranks)
+        order, shares = self._current_order(), even_parts(stop - start, self._ranks)
         place, parts = start + sum(shares[: self._rank]), []
         for part in even_parts(shares[self._rank], self._count(stop - start)):
             parts.append(order[place : place + part])
             place += part
         return parts
 
-    def _order(self) -> list[int]:
-        """Returns the samples in the order of the epoch."""
+    def _current_order(self) -> list[int]:
         if self._order_of[0] != self._epoch:
-            self._order_of = (self._epoch, self._drawn_order())
+            self._order_of = (self._epoch, self.order(self._epoch))
         return self._order_of[1]
 
-    def _drawn_order(self) -> list[int]:
-        generator = self._generator()
+    def order(self, epoch: int) -> list[int]:
+        """Returns all samples in the order of an epoch, counted from 0."""
+        generator = self._generator(epoch)
         if len(self._blocks) == 1:
             whole: list[int] = torch.randperm(self._blocks[0], generator=generator).tolist()
             return whole
@@ -176,10 +176,10 @@ class ShardedSampler(Sampler[list[int]]):
         return order
 
     def _block_sizes(self) -> list[int]:
-        return [self._blocks[block] for block in self._block_order(self._generator())]
+        return [self._blocks[block] for block in self._block_order(self._generator(self._epoch))]
 
-    def _generator(self) -> torch.Generator:
-        return seeds.generator(self._seed, "order", self._epoch)
+    def _generator(self, epoch: int) -> torch.Generator:
+        return seeds.generator(self._seed, "order", epoch)
 
     def _block_order(self, generator: torch.Generator) -> list[int]:
         """Returns the blocks in the order of an epoch."""

@@ -248,6 +248,7 @@ def test_ranks_are_one_process_on_the_joined_batch(ranks: int, tmp_path: Path, a
             {"optimizer.batches": "file", "data": "{name: imagenet32}", "accumulate": 2},
             "batches file with accumulate",
         ),
+        ({"strategy": "parameter_server"}, "all ranks must take the same step"),
         ({"optimizer.overlap": 0.5}, "overlap belongs to batches overlap, not step"),
         ({"optimizer.c1": 0.95}, "c1 must be below c2"),
         ({"strategy": "full_batch", "accumulate": 2}, "no accumulate"),
