@@ -13,6 +13,7 @@ from hpcsngd import optim
 from hpcsngd.config import experiment as schema
 from hpcsngd.config.fields import Strict
 from hpcsngd.optim.decay import DecoupledSGD
+from hpcsngd.optim.lbfgs import LBFGS, LineSearch
 from hpcsngd.train import seeds
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.groups import check_coverage, parameter_groups
@@ -89,12 +90,52 @@ def muon(
     return built
 
 
+def lbfgs(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    no_decay: Sequence[str],
+    history: int,
+    iterations: int,
+    line_search: LineSearch,
+    c1: float,
+    c2: float,
+    max_evaluations: int,
+    tolerance: float,
+    eps: float,
+    powell: float,
+) -> list[Optimizer]:
+    """Returns our L-BFGS for all parameters, for gradients that strategies have reduced already."""
+    return [
+        LBFGS(
+            parameter_groups(model, weight_decay, no_decay),
+            lr,
+            history=history,
+            iterations=iterations,
+            line_search=line_search,
+            c1=c1,
+            c2=c2,
+            max_evaluations=max_evaluations,
+            tolerance=tolerance,
+            eps=eps,
+            powell=powell,
+            gradients_reduced=True,
+        )
+    ]
+
+
 OPTIMIZERS: dict[str, Callable[..., list[Optimizer]]] = {
     "sgd": sgd,
     "adam": adam,
     "adamw": adamw,
     "muon": muon,
+    "lbfgs": lbfgs,
 }
+
+
+#: Fields of an optimizer that say what its steps are made of: for the sampler.
+STEP_FIELDS = {"batches", "overlap"}
 
 
 def build_optimizers(model: nn.Module, config: schema.Optimizer) -> list[Optimizer]:
@@ -105,7 +146,8 @@ def build_optimizers(model: nn.Module, config: schema.Optimizer) -> list[Optimiz
     Raises:
         SettingError: what the optimizer refuses, or a parameter that is not in exactly one group.
     """
-    built = OPTIMIZERS[config.name](model, **_fields(config))
+    fields = {name: value for name, value in _fields(config).items() if name not in STEP_FIELDS}
+    built = OPTIMIZERS[config.name](model, **fields)
     check_coverage(model, built)
     for optimizer in built:
         for group in optimizer.param_groups:
