@@ -1,4 +1,4 @@
-"""A real sshd on two loopback addresses, with keys of its own: two hosts that share files, users and processes."""
+"""A real sshd on two loopback addresses, with keys of its own: two hosts that share files and processes."""
 
 from __future__ import annotations
 

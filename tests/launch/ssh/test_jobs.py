@@ -249,7 +249,7 @@ def test_cells_of_a_sweep_run_one_after_the_other(bed: Bed, tmp_path: Path) -> N
     site_file, exp_file = tmp_path / "hosts.yaml", tmp_path / "standin.yaml"
     site_file.write_text(yaml.safe_dump(site(bed) | {"run_root": str(tmp_path / "runs")}))
     exp_file.write_text(yaml.safe_dump(EXPERIMENT | {"matrix": {"seed": [1, 2]}}))
-    cells = matrix.expand(str(site_file), str(exp_file), [])
+    cells = matrix.resolve(str(site_file), str(exp_file), (), {}, environment={})
     sent = sweep.submit(cells, argv=["test"], worker=STANDIN)
     runs = [cell.run for cell in sent.sweep.cells()]
     assert [submit.wait(run).state for run in runs] == ["completed"] * 2
