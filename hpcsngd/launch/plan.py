@@ -114,6 +114,8 @@ class Plan:
         resource_sets: what the site sets for jsrun, by the names of `ResourceSets`; None: the usual ones.
         after: paths of runs that must have completed before this one begins, see `hpcsngd.launch.turn`.
         ssh: the hosts and how they are reached; None where a scheduler or nobody gives hosts.
+        is_served: whether there is a parameter server. Ranks then begin and end one by one: agents start each
+            rank themselves in either mode, and one that is lost does not end the others.
     """
 
     site_name: str
@@ -155,6 +157,12 @@ class Plan:
     resource_sets: dict[str, Any] | None = None
     after: tuple[str, ...] = ()
     ssh: Ssh | None = None
+    is_served: bool = False
+
+    @property
+    def starts_ranks(self) -> bool:
+        """Returns whether agents start ranks themselves, each with logs of its own, and not torchrun."""
+        return self.mode == "per_rank" or self.is_served
 
     @property
     def world_size(self) -> int:
@@ -252,6 +260,7 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER, 
         hang_timeout_s=restart.hang_timeout_s or site.hang_timeout_s,
         start_timeout_s=max(site.start_timeout_s, launch.rendezvous_timeout_s),
         ssh=Ssh.of(site.scheduler, resolved.nodes) if site.scheduler.kind == "ssh" else None,
+        is_served=resolved.experiment.strategy == "parameter_server",
         **_launcher(resolved, host),
         **_image(resolved),
     )

@@ -106,7 +106,7 @@ class ShardedSampler(Sampler[list[int]]):
         return micro_batch_count(self.sizes[step], self._batch_size, self._ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order = self.order(self._epoch)
         start = sum(self.sizes[: self._first_step])
         for step in range(self._first_step, self.steps_per_epoch):
             size = self.sizes[step]
@@ -117,9 +117,9 @@ class ShardedSampler(Sampler[list[int]]):
                 place += part
             start += size
 
-    def _order(self) -> list[int]:
-        """Returns the samples in the order of the epoch."""
-        generator = seeds.generator(self._seed, "order", self._epoch)
+    def order(self, epoch: int) -> list[int]:
+        """Returns all samples in the order of an epoch, counted from 0."""
+        generator = seeds.generator(self._seed, "order", epoch)
         if len(self._blocks) == 1:
             whole: list[int] = torch.randperm(self._blocks[0], generator=generator).tolist()
             return whole

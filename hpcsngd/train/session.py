@@ -96,8 +96,8 @@ def train(
         if dist.rank() == 0:
             wall = {"wall_s": recorder.wall_s}
             if is_finished:
-                result = _result(config, progress, parts.model, splits.evaluated) | wall
-                rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
+                facts = result(config, progress, parts.model, splits.evaluated) | wall
+                rundir.write_yaml(run.attempt(attempt).finished_yaml, facts)
             else:
                 rundir.write_yaml(run.attempt(attempt).stopped_yaml, {"step": progress.step, **wall})
         pulse.at("done")
@@ -109,11 +109,7 @@ def train(
 def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> Parts:
     scaler = devices.make_scaler(config.precision, device)
     images = splits.train
-    seeds.seed_streams(seeds.derive(config.seed, "weights"))
-    model = build_model(config, splits, device)
-    if dist.rank() == 0:
-        _summarize(run, model, images, device)
-        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
+    model = new_model(run, config, splits, device)
     strategy = STRATEGIES[config.strategy]()
     trained = strategy.prepare(model, device)
     shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
@@ -130,6 +126,16 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
             log.info("layer %s keeps its plain gradient: %s", name, reason)
     built = optimizers.build_optimizers(model, config.optimizer)
     return Parts(model, trained, strategy, built, preconditioner, scaler, device)
+
+
+def new_model(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
+    """Returns a run's model with its initial weights; rank 0 writes down what it is made of."""
+    seeds.seed_streams(seeds.derive(config.seed, "weights"))
+    model = build_model(config, splits, device)
+    if dist.rank() == 0:
+        _summarize(run, model, splits.train, device)
+        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
+    return model
 
 
 def build_model(config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
@@ -215,7 +221,8 @@ def _loaders(
     )
 
 
-def _result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
+def result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
+    """Returns what ``finished.yaml`` says of a run's training."""
     return {
         f"{evaluated}_accuracy": progress.test.accuracy,
         f"{evaluated}_loss": progress.test.mean_loss,
