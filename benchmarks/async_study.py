@@ -2,9 +2,10 @@
 
 Run: ``python -m benchmarks.async_study runs|table FOLDER``. ``runs`` trains the cells of the matrices that
 ``benchmarks/async_study.yaml`` names, seed by seed, and ``table`` compares each cell with the baseline of its
-matrix on the same seeds. Every cell is an ordinary run directory with the ordinary workers and their RPC. Only
-their start is not the launcher's: this process imports torch once and forks them, because on two cores the
-imports would take longer than the training. Cells that have completed are skipped when a command is repeated.
+matrix on the same seeds. Every cell is an ordinary run directory with the ordinary workers and their RPC.
+Only their start is not the launcher's: this process imports torch once and forks them, because on two cores
+the imports would take longer than the training. Cells that have completed are skipped when a command is
+repeated.
 """
 
 from __future__ import annotations
