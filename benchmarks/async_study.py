@@ -88,7 +88,8 @@ def _label(cell: Cell) -> str:
 def facts(resolved: Resolved) -> str:
     """Returns a text that is equal for cells that train the same; several matrices share some."""
     experiment = resolved.experiment
-    return repr((experiment.model_dump(exclude={*PROSE, "matrix", "resources"}), resolved.ranks_per_node))
+    left_out = {*PROSE, "corrections", "matrix", "resources"}
+    return repr((experiment.model_dump(exclude=left_out), resolved.ranks_per_node))
 
 
 def completed(folder: Path) -> dict[str, RunDir]:
