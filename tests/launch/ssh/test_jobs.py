@@ -97,23 +97,24 @@ def test_ranks_that_are_started_singly_know_their_places(configure: Configure, b
 @pytest.mark.slow
 @pytest.mark.dist
 def test_digits_on_two_hosts_equal_digits_on_one(bed: Bed, tmp_path: Path) -> None:
-    def train(name: str, **keys: Any) -> tuple[list[Any], list[Any]]:
+    def train(name: str, nodes: int, ranks: int, **keys: Any) -> tuple[list[Any], list[Any]]:
         file = tmp_path / f"{name}.yaml"
         env = {"OMP_NUM_THREADS": "1"}
         common = {"description": name, "env": env, "run_root": str(tmp_path / "runs")}
         file.write_text(yaml.safe_dump(common | keys))
-        sets = ("batch_size=16", "epochs=2", "seed=3")
-        run = submit.submit(
-            resolve(str(file), "digits-hylo", [parse_set(each) for each in sets]), argv=["t"]
-        ).run
+        sets = (f"nodes={nodes}", f"ranks_per_node={ranks}", "batch_size=16", "epochs=2", "seed=3")
+        resolved = resolve(str(file), "digits-hylo", [parse_set(each) for each in sets])
+        run = submit.submit(resolved, argv=["test"]).run
         ended = submit.wait(run, poll_s=1.0)
         assert ended.state == "completed", ended.reason
+        facts = rundir.read_yaml(run.attempt(1).attempt_yaml)
+        assert (len(facts["hosts"]), facts["world_size"]) == (nodes, 4)
         losses = [row["loss"] for row in rundir.read_rows(run.metrics("train"), TABLES["train"])]
         scores = [row["accuracy"] for row in rundir.read_rows(run.metrics("eval"), TABLES["eval"])]
         return losses, scores
 
-    two = train("hosts", scheduler=bed.scheduler(), nodes=2, ranks_per_node=2)
-    one = train("one", scheduler={"kind": "local", "poll_s": 0.5}, nodes=1, ranks_per_node=4)
+    two = train("hosts", 2, 2, scheduler=bed.scheduler())
+    one = train("one", 1, 4, scheduler={"kind": "local", "poll_s": 0.5})
     assert two == one
     assert len(two[0]) > 0
 
@@ -272,3 +273,21 @@ def test_the_doctor_asks_every_host(bed: Bed, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     lost = made.model_copy(update={"run_root": str(tmp_path / "not-there")})
     assert [finding.verdict for finding in doctor_ssh.check(lost, Machine())][1:3] == ["warning", "warning"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_parameter_server_and_its_workers_on_two_hosts(bed: Bed, tmp_path: Path) -> None:
+    file = tmp_path / "hosts.yaml"
+    file.write_text(
+        yaml.safe_dump(site(bed) | {"ranks_per_node": 2, "run_root": str(tmp_path / "runs"), "launch": {}})
+    )
+    # equal shares: where whoever is ready goes on, a worker that starts late may find nothing left to do
+    keys = ("nodes=2", "ranks_per_node=2", "epochs=2", "parameter_server.shares=equal")
+    sets = [parse_set(each) for each in keys]
+    run = submit.submit(resolve(str(file), "digits-async", sets), argv=["test"]).run
+    ended = submit.wait(run, poll_s=1.0)
+    assert ended.state == "completed", ended.reason
+    pushes = rundir.read_rows(run.metrics("staleness"), TABLES["staleness"])
+    assert {push["worker"] for push in pushes} == {1, 2, 3}
+    assert rundir.read_yaml(run.attempt(1).attempt_yaml)["hosts"] == list(HOSTS)
