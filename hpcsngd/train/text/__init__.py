@@ -1,0 +1,1 @@
+"""Text: vocabularies, sentence pairs, streams of tokens, their tasks, and beam search."""

@@ -1,0 +1,56 @@
+"""Where texts lie, and their lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpcsngd.config.catalogue import DATASETS as CATALOGUE
+from hpcsngd.train.faults import MissingDataError
+
+
+def find_folder(name: str, root: Path | None) -> Path:
+    """Returns the folder of a data set, with all of its files.
+
+    Args:
+        name: of the data set.
+        root: the data root; the files may be in it, or in a folder below it that the catalogue names.
+
+    Raises:
+        MissingDataError: there is no such folder, or it lacks files; the message names them.
+    """
+    facts = CATALOGUE[name]
+    places = [*(root / folder for folder in facts.folders), root] if root else []
+    names = [each for choice in facts.files for each in choice.split("|")]
+    folder = next((place for place in places if any((place / each).is_file() for each in names)), None)
+    if folder is None:
+        raise MissingDataError(f"no {name} below the data root {root}: {facts.get}")
+    if absent := facts.absent(lambda each: (folder / each).is_file()):
+        raise MissingDataError(f"{folder} lacks {', '.join(absent)}")
+    return folder
+
+
+def present(folder: Path, choice: str) -> Path:
+    """Returns the file of a folder that has one of the names of a catalogue's ``a|b``."""
+    return next(folder / name for name in choice.split("|") if (folder / name).is_file())
+
+
+def read_lines(file: Path) -> list[str]:
+    """Returns the lines of a text in UTF-8, at least one, without their ends.
+
+    Only a newline ends a line: texts contain what Unicode also takes for line ends.
+
+    Raises:
+        MissingDataError: the file cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise MissingDataError(f"cannot read {file}: {error}") from error
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise MissingDataError(f"{file}, line {line}: not UTF-8 ({error.reason})") from error
+    if not text.strip():
+        raise MissingDataError(f"{file} is empty")
+    return text.removesuffix("\n").replace("\r\n", "\n").split("\n")
