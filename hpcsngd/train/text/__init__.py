@@ -1,1 +1,1 @@
-"""Text: vocabularies, sentence pairs, streams of tokens, their tasks, and beam search."""
+"""Text: files, tokens, encoders and scores. Tokenizers, encoders and metrics are imported where needed."""

@@ -1,32 +1,10 @@
-"""Where texts lie, and their lines."""
+"""The lines of texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hpcsngd.config.catalogue import DATASETS as CATALOGUE
 from hpcsngd.train.faults import MissingDataError
-
-
-def find_folder(name: str, root: Path | None) -> Path:
-    """Returns the folder of a data set, with all of its files.
-
-    Args:
-        name: of the data set.
-        root: the data root; the files may be in it, or in a folder below it that the catalogue names.
-
-    Raises:
-        MissingDataError: there is no such folder, or it lacks files; the message names them.
-    """
-    facts = CATALOGUE[name]
-    places = [*(root / folder for folder in facts.folders), root] if root else []
-    names = [each for choice in facts.files for each in choice.split("|")]
-    folder = next((place for place in places if any((place / each).is_file() for each in names)), None)
-    if folder is None:
-        raise MissingDataError(f"no {name} below the data root {root}: {facts.get}")
-    if absent := facts.absent(lambda each: (folder / each).is_file()):
-        raise MissingDataError(f"{folder} lacks {', '.join(absent)}")
-    return folder
 
 
 def present(folder: Path, choice: str) -> Path:

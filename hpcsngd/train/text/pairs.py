@@ -14,12 +14,13 @@ from typing_extensions import Self
 from hpcsngd.config import experiment as schema
 from hpcsngd.config.catalogue import DATASETS as CATALOGUE
 from hpcsngd.train.data.draws import Draws
+from hpcsngd.train.data.folders import find
 from hpcsngd.train.data.samples import Batch, Samples, Splits
 from hpcsngd.train.faults import MissingDataError
 from hpcsngd.train.losses import IGNORED
 from hpcsngd.train.sampler import even_parts
 from hpcsngd.train.text import vocabulary
-from hpcsngd.train.text.files import find_folder, present, read_lines
+from hpcsngd.train.text.files import present, read_lines
 from hpcsngd.train.text.vocabulary import END, PADDING, SPECIALS, START, UNKNOWN, Vocabulary
 
 
@@ -128,7 +129,7 @@ def multi30k(root: Path | None, config: schema.Data) -> Splits:
     Raises:
         MissingDataError: files are missing, damaged or of different lengths; the message names them.
     """
-    folder, settings = find_folder("multi30k", root), config.translation or schema.Translation()
+    folder, settings = find("multi30k", root), config.translation or schema.Translation()
     # de, en of each part
     names = CATALOGUE["multi30k"].files
     parts = [[present(folder, name) for name in names[place : place + 2]] for place in (0, 2, 4)]

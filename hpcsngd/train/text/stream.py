@@ -11,11 +11,12 @@ from typing_extensions import Self
 from hpcsngd.config import experiment as schema
 from hpcsngd.config.catalogue import DATASETS as CATALOGUE
 from hpcsngd.train.data.draws import Draws
+from hpcsngd.train.data.folders import find
 from hpcsngd.train.data.samples import Batch, Samples, Splits
 from hpcsngd.train.faults import MissingDataError, SettingError
 from hpcsngd.train.losses import IGNORED
 from hpcsngd.train.sampler import even_parts
-from hpcsngd.train.text.files import find_folder, read_lines
+from hpcsngd.train.text.files import read_lines
 from hpcsngd.train.text.vocabulary import Vocabulary, by_frequency, cached
 
 END_OF_LINE = "<eos>"
@@ -112,7 +113,7 @@ def token_files(name: str, root: Path | None, config: schema.Data) -> Splits:
     Raises:
         MissingDataError: files are missing or damaged; the message names them.
     """
-    folder = find_folder(name, root)
+    folder = find(name, root)
     paths = [folder / file for file in CATALOGUE[name].files]
     words = cached(folder, paths[:1], "tokens by frequency", lambda: by_frequency(_tokens(paths[0])))
     vocabulary = Vocabulary(words, words.index(UNKNOWN) if UNKNOWN in words else None)
