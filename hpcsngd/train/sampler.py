@@ -68,6 +68,8 @@ class ShardedSampler(Sampler[list[int]]):
         seed: of the order.
         blocks: sizes of consecutive parts of the set that are gone through one after the other, in a new
             order each epoch (files, of which one is in memory); default: one part.
+        targets: how many targets (tokens) each sample has; default: one each.
+        shuffled: whether each epoch has an order of its own; otherwise samples come as they are numbered.
     """
 
     def __init__(
@@ -80,11 +82,15 @@ class ShardedSampler(Sampler[list[int]]):
         ranks: int = 1,
         seed: int = 0,
         blocks: Sequence[int] | None = None,
+        targets: Sequence[int] | None = None,
+        shuffled: bool = True,
     ) -> None:
         self._batch_size, self._rank, self._ranks, self._seed = batch_size, rank, ranks, seed
         self.global_batch = batch_size * accumulate * ranks
         self.sizes: Sequence[int] = step_sizes(samples, self.global_batch, ranks)
         self._blocks = list(blocks or [samples])
+        self._targets, self._is_shuffled = targets, shuffled
+        self._counted: tuple[int, list[int]] = (-1, [])
         self._epoch, self._first_step = 0, 0
 
     @property
@@ -105,6 +111,16 @@ class ShardedSampler(Sampler[list[int]]):
         """Returns the number of micro-batches of a step within the epoch."""
         return micro_batch_count(self.sizes[step], self._batch_size, self._ranks)
 
+    def targets_in(self, step: int) -> int:
+        """Returns the number of targets, of all ranks, of a step within the epoch; alike on every rank."""
+        if self._targets is None:
+            return self.sizes[step]
+        if self._counted[0] != self._epoch:
+            counts = iter([self._targets[index] for index in self._order()])
+            by_step = [sum(itertools.islice(counts, size)) for size in self.sizes]
+            self._counted = (self._epoch, by_step)
+        return self._counted[1][step]
+
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
         start = sum(self.sizes[: self._first_step])
@@ -119,6 +135,8 @@ class ShardedSampler(Sampler[list[int]]):
 
     def _order(self) -> list[int]:
         """Returns the samples in the order of the epoch."""
+        if not self._is_shuffled:
+            return list(range(sum(self._blocks)))
         generator = seeds.generator(self._seed, "order", self._epoch)
         if len(self._blocks) == 1:
             whole: list[int] = torch.randperm(self._blocks[0], generator=generator).tolist()
@@ -154,3 +172,24 @@ class EvaluationSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self._mine), self._batch_size):
             yield list(self._mine[start : start + self._batch_size])
+
+
+class StreamSampler(Sampler[list[int]]):
+    """Yields this rank's batches of streams: all of its streams at one moment, then at the next one.
+
+    Args:
+        samples: size of the set, a multiple of ``streams``; sample ``t * streams + s`` is stream s at time t.
+        streams: how many there are; each is on one rank.
+        rank: this rank.
+        ranks: number of ranks.
+    """
+
+    def __init__(self, samples: int, streams: int, *, rank: int = 0, ranks: int = 1) -> None:
+        parts = even_parts(streams, ranks)
+        first = sum(parts[:rank])
+        self._mine = range(first, first + parts[rank])
+        self._starts = range(0, samples, streams)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._mine:
+            yield from ([start + stream for stream in self._mine] for start in self._starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from hpcsngd.train.data.small_imagenet import imagenet32, imagenet64
 from hpcsngd.train.data.staging import stage
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.sampler import ShardedSampler
+from hpcsngd.train.text.pairs import multi30k
+from hpcsngd.train.text.stream import token_files
 
 __all__ = [
     "DATASETS",
@@ -49,6 +52,10 @@ DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "imagenet64": imagenet64,
     "lgg-mri": lgg_mri,
     "features": features,
+    "multi30k": multi30k,
+    "ptb": partial(token_files, "ptb"),
+    "wikitext2": partial(token_files, "wikitext2"),
+    "wikitext103": partial(token_files, "wikitext103"),
 }
 
 
@@ -74,7 +81,10 @@ def load(config: schema.Data, data_root: str | None, *, seed: int = 0) -> Splits
     splits = _with_classes(DATASETS[config.name](root, config), config.classes)
     train, test = splits.train.limited(config.train_limit), splits.test.limited(config.test_limit)
     if config.folds is None:
-        return Splits(train.augmented(config.augment, seed), test, splits.num_classes, splits.evaluated)
+        extra = {name: part.limited(config.test_limit) for name, part in splits.extra.items()}
+        return Splits(
+            train.augmented(config.augment, seed), test, splits.num_classes, splits.evaluated, extra
+        )
     kept, held_out = fold(train.labels, config.folds)
     changed = train.subset(kept).augmented(config.augment, seed)
     return Splits(changed, train.subset(held_out), splits.num_classes, "validation")

@@ -1,182 +1,207 @@
-"""What is learned from GLUE and SQuAD: classes, a number, or the span that answers a question.
-
-Predictions of all ranks are put together before they are scored, so that scores that are no means over
-samples (correlations, F1 of a class) are exact too.
-"""
+"""Tasks whose targets are words: the next word of a text, and translation."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpcsngd import dist
+from hpcsngd.config.experiment import Decoding, Experiment
+from hpcsngd.train import losses
+from hpcsngd.train.data.samples import Samples
+from hpcsngd.train.faults import SettingError
+from hpcsngd.train.losses import IGNORED
 from hpcsngd.train.metrics import Sums
-from hpcsngd.train.tasks import Classification, Evaluated, Evaluation, Task
-from hpcsngd.train.text import answers
-from hpcsngd.train.text.scores import METRICS
-from hpcsngd.train.text.windows import Windows
+from hpcsngd.train.models.transformer import Transformer
+from hpcsngd.train.tasks import Evaluated, Evaluation, Task
+from hpcsngd.train.text import beam
+from hpcsngd.train.text.pairs import Pairs
+from hpcsngd.train.text.vocabulary import END, START
 
 
-class Labelling(Classification):
-    """A class for each text.
+class Words(Task):
+    """A word at each position; outputs ``(n, length, words)``, targets ``(n, length)``.
 
     Args:
-        classes: how many there are.
         smoothing: of labels, in training.
-        metrics: what predictions are scored by, names in `METRICS`.
-        samples: size of the set that is evaluated.
+        is_mean: whether a sample's own loss is the mean over its words, and not their sum.
     """
 
-    def __init__(self, classes: int, smoothing: float, metrics: Sequence[str], samples: int) -> None:
-        super().__init__(classes, smoothing)
-        self._metrics, self._samples = metrics, samples
-
-    def evaluation(self, device: torch.device) -> Evaluation:
-        """Returns an evaluation by cross-entropy without smoothing, and by the metrics."""
-        return _Labels(super().evaluation(device), _Predictions(self._samples, self._metrics, device))
-
-
-class _Labels(Evaluation):
-    def __init__(self, sums: Evaluation, predictions: _Predictions) -> None:
-        self._sums, self._predictions = sums, predictions
-
-    def add(self, indices: list[int], outputs: Tensor, targets: Tensor) -> None:
-        self._sums.add(indices, outputs, targets)
-        self._predictions.add(indices, outputs.argmax(1), targets)
-
-    def result(self) -> Evaluated:
-        found = self._sums.result()
-        return Evaluated(found.sums, confusion=found.confusion, scores=self._predictions.scores())
-
-
-class _Predictions:
-    """What the model says and what is true, of all samples, each from the one rank that has it."""
-
-    def __init__(self, samples: int, metrics: Sequence[str], device: torch.device) -> None:
-        self._metrics = metrics
-        self._table = torch.zeros(samples, 2, dtype=torch.float64, device=device)
-
-    def add(self, indices: list[int], predicted: Tensor, targets: Tensor) -> None:
-        """Takes one batch."""
-        self._table[indices] = torch.stack([predicted.double(), targets.double()], 1)
-
-    def scores(self) -> dict[str, float]:
-        """Returns metric -> value; every rank must call it."""
-        predicted, true = dist.all_reduce_sum(self._table).cpu().numpy().T
-        return {name: METRICS[name](predicted, true) for name in self._metrics}
-
-
-class Regression(Task):
-    """A number for each text, by squared error; the score is the first metric, which training has none of.
-
-    Args:
-        metrics: what predictions are scored by, names in `METRICS`.
-        samples: size of the set that is evaluated.
-    """
-
-    def __init__(self, metrics: Sequence[str], samples: int) -> None:
-        self._metrics, self._samples = metrics, samples
+    def __init__(self, smoothing: float = 0.0, *, is_mean: bool = False) -> None:
+        self._smoothing, self._is_mean = smoothing, is_mean
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the summed squared error of outputs ``(n, 1)``."""
-        return (outputs.float().squeeze(1) - targets).square().sum()
+        """Returns the summed cross-entropy of all words, with smoothed labels."""
+        return losses.token_cross_entropy(outputs, targets, self._smoothing)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns nan: a correlation is no sum over samples."""
-        return outputs.new_tensor(math.nan, dtype=torch.float64)
+        """Returns the number of words that are the likeliest by the model."""
+        return (outputs.argmax(dim=2) == targets).sum().double()
 
-    def evaluation(self, device: torch.device) -> Evaluation:
-        """Returns an evaluation by squared error and by the metrics."""
-        return _Numbers(self, _Predictions(self._samples, self._metrics, device), device)
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
+        """Returns an evaluation by cross-entropy without smoothing: perplexity."""
+        return Perplexity(device)
 
+    def curvature_outputs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns logits such that padding has no part in the Fisher matrix.
 
-class _Numbers(Evaluation):
-    def __init__(self, task: Regression, predictions: _Predictions, device: torch.device) -> None:
-        self._task, self._predictions = task, predictions
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, indices: list[int], outputs: Tensor, targets: Tensor) -> None:
-        loss = self._task.loss(outputs, targets).double()
-        self._sums += torch.stack([loss, loss.new_tensor(len(targets))])
-        self._predictions.add(indices, outputs.squeeze(1), targets)
-
-    def result(self) -> Evaluated:
-        loss, count = dist.all_reduce_sum(self._sums).tolist()
-        scores = self._predictions.scores()
-        return Evaluated(Sums(loss, next(iter(scores.values())) * count, int(count)), scores=scores)
-
-
-class SpanAnswers(Task):
-    """The span of a paragraph that answers a question, or none.
-
-    Args:
-        windows: the set that is evaluated.
-        may_be_none: whether a question may have no answer: SQuAD v2.
-    """
-
-    def __init__(self, windows: Windows, *, may_be_none: bool) -> None:
-        self._windows, self._may_be_none = windows, may_be_none
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the sum over windows of the mean of both ends' cross-entropies.
-
-        Args:
-            outputs: logits of beginnings and ends, ``(n, 2, length)``.
-            targets: tokens, ``(n, 2)``.
+        Where a sample's loss is a sum, one row for each word; where it is a mean, ``(n, words, length)``, so
+        that the length is known, and without a graph where there is padding.
         """
-        ends = nn.functional.cross_entropy(outputs.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        return ends / 2
-
-    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the number of windows of which both ends are right."""
-        return (outputs.argmax(2) == targets).all(1).sum().double()
-
-    def evaluation(self, device: torch.device) -> Evaluation:
-        """Returns an evaluation of whole questions by exact match and F1."""
-        return _Questions(self, self._windows, device, may_be_none=self._may_be_none)
+        is_word = targets != IGNORED
+        if not self._is_mean:
+            return outputs[is_word]
+        return torch.where(is_word.unsqueeze(2), outputs, outputs.detach()).transpose(1, 2)
 
 
-class _Questions(Evaluation):
-    """The best answer of each question; a question's windows are all on one rank."""
+class Perplexity(Evaluation):
+    """Loss, share of words predicted right, and ``exp`` of the mean loss; every word counts once.
 
-    def __init__(
-        self, task: SpanAnswers, windows: Windows, device: torch.device, *, may_be_none: bool
-    ) -> None:
-        self._task, self._windows, self._device, self._may_be_none = task, windows, device, may_be_none
-        self._best: dict[int, answers.Best] = {}
-        self._sums = torch.zeros(2, dtype=torch.float64)
+    Args:
+        device: where the model computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, indices: list[int], outputs: Tensor, targets: Tensor) -> None:
-        self._sums += torch.stack(
-            [self._task.loss(outputs, targets).double().cpu(), torch.tensor(len(indices)).double()]
-        )
-        for index, (begins, ends) in zip(indices, outputs.double().cpu().numpy(), strict=True):
-            spans = self._windows.spans(index).numpy()
-            best = self._best.setdefault(self._windows.question(index), answers.Best())
-            best.add(begins[: len(spans)], ends[: len(spans)], spans, self._windows.null(index))
+        """See `Evaluation.add`."""
+        loss = losses.token_cross_entropy(outputs, targets).double()
+        correct = (outputs.argmax(dim=2) == targets).sum().double()
+        self._sums += torch.stack([loss, correct, (targets != IGNORED).sum().double()])
 
     def result(self) -> Evaluated:
-        # for each question: exact match, F1, whether it has an answer, whether it was asked
-        table = torch.zeros(len(self._windows.questions), 4, dtype=torch.float64)
-        for number, best in self._best.items():
-            question = self._windows.questions[number]
-            said = best.text(question.context, may_be_none=self._may_be_none)
-            marked = [text for text, _ in question.answers]
-            table[number, :2] = torch.tensor(answers.exact_match_and_f1(said, marked))
-            table[number, 2], table[number, 3] = bool(marked), 1
-        exact, f1, has_answer, asked = dist.all_reduce_sum(table.to(self._device)).cpu().numpy().T
-        loss, count = dist.all_reduce_sum(self._sums.to(self._device)).tolist()
-        scores = {"exact_match": exact.sum() / asked.sum(), "f1": f1.sum() / asked.sum()}
-        if self._may_be_none:
-            for name, chosen in (("has_answer", has_answer == 1), ("no_answer", asked > has_answer)):
-                scores |= {f"{name}_exact_match": _mean(exact, chosen), f"{name}_f1": _mean(f1, chosen)}
-        plain = {name: float(value) for name, value in scores.items()}
-        return Evaluated(Sums(loss, plain["f1"] * count, int(count)), scores=plain)
+        """See `Evaluation.result`; a perplexity beyond all numbers is infinite."""
+        loss, correct, count = dist.all_reduce_sum(self._sums).tolist()
+        sums = Sums(loss, correct, int(count))
+        try:
+            perplexity = math.exp(sums.mean_loss)
+        except OverflowError:
+            perplexity = math.inf
+        return Evaluated(sums, scores={"perplexity": perplexity})
 
 
-def _mean(values: answers.Floats, chosen: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> float:
-    return float(values[chosen].mean()) if chosen.any() else math.nan
+class Translation(Words):
+    """Words of a translation, scored by BLEU as well.
+
+    Args:
+        samples: the set that is evaluated.
+        decoding: how translations are written.
+        smoothing: of labels, in training.
+
+    Raises:
+        SettingError: sacrebleu is not installed.
+    """
+
+    def __init__(self, samples: Pairs, decoding: Decoding, smoothing: float = 0.0) -> None:
+        super().__init__(smoothing)
+        self._samples, self._decoding = samples, decoding
+        _sacrebleu()
+
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
+        """Returns an evaluation by perplexity, and BLEU if it is full."""
+        return Bleu(self._samples, self._decoding, device) if is_full else Perplexity(device)
+
+
+class Bleu(Perplexity):
+    """Perplexity, and BLEU of what beam search writes, by sacrebleu with its own tokenization.
+
+    Args:
+        samples: the set that is evaluated.
+        decoding: how translations are written.
+        device: where the model computes.
+    """
+
+    def __init__(self, samples: Pairs, decoding: Decoding, device: torch.device) -> None:
+        super().__init__(device)
+        self._samples, self._device = samples, device
+        self._rules = beam.Rules(START, END, decoding.beam, decoding.length_penalty, decoding.max_words)
+        self._written: dict[int, str] = {}
+
+    def look(self, model: nn.Module, indices: list[int], inputs: tuple[Tensor, ...]) -> None:
+        """Translates a batch.
+
+        Raises:
+            TypeError: the model is no `Transformer`.
+        """
+        if not isinstance(model, Transformer):
+            raise TypeError(f"{type(model).__name__} does not translate")
+        sentences = beam.search(next_word(model, inputs[0]), len(indices), self._rules, self._device)
+        language = self._samples.languages[1]
+        for index, sentence in zip(indices, sentences, strict=True):
+            self._written[index] = " ".join(language.decode(sentence))
+
+    def result(self) -> Evaluated:
+        """See `Evaluation.result`."""
+        plain = super().result()
+        gathered = dist.gather_objects(self._written)
+        score = None
+        if gathered is not None:
+            written = {index: text for part in gathered for index, text in part.items()}
+            hypotheses = [written[index] for index in range(len(self._samples))]
+            score = bleu(hypotheses, self._samples.references, lowercase=self._samples.lowercase)
+        scores = {**plain.scores, "bleu": dist.broadcast_object(score)}
+        return Evaluated(plain.sums, scores=scores)
+
+
+def next_word(model: Transformer, source: Tensor) -> beam.NextWord:
+    """Returns a model's log-probabilities of the next word, for beam search.
+
+    Args:
+        model: in evaluation mode.
+        source: the sentences to translate, ``(n, s)``.
+    """
+    with torch.no_grad():
+        memory = model.encode(source)
+
+    def following(words: Tensor, rows: Tensor) -> Tensor:
+        logits = model.decode(words, memory[rows], source[rows])[:, -1]
+        return logits.float().log_softmax(dim=1)
+
+    return following
+
+
+def bleu(hypotheses: list[str], references: list[str], *, lowercase: bool) -> float:
+    """Returns the corpus's BLEU from 0 to 100 (Papineni et al., ACL 2002), as sacrebleu defines it.
+
+    Args:
+        hypotheses: what the model wrote.
+        references: what it should have written.
+        lowercase: whether case does not count.
+    """
+    score: float = _sacrebleu().corpus_bleu(hypotheses, [references], lowercase=lowercase).score
+    return score
+
+
+def _sacrebleu() -> ModuleType:
+    try:
+        return importlib.import_module("sacrebleu")
+    except ImportError as error:
+        raise SettingError("BLEU needs the package sacrebleu: pip install 'hpcsngd[text]'") from error
+
+
+def language_modelling(config: Experiment, classes: int, samples: Samples) -> Task:
+    """Returns the task of an experiment on a long text."""
+    return Words(config.loss.label_smoothing, is_mean=config.loss.average == "tokens")
+
+
+def translation(config: Experiment, classes: int, samples: Samples) -> Task:
+    """Returns the task of an experiment on sentence pairs.
+
+    Raises:
+        TypeError: they are none.
+    """
+    if not isinstance(samples, Pairs):
+        raise TypeError(f"{type(samples).__name__} are no sentence pairs")
+    return Translation(samples, config.decoding, config.loss.label_smoothing)
+
+
+TASKS: dict[str, Callable[[Experiment, int, Samples], Task]] = {
+    "language_modelling": language_modelling,
+    "translation": translation,
+}
