@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,18 +101,25 @@ def parameter_groups(
     Args:
         model: the model.
         weight_decay: of those that decay.
-        no_decay: modules, by regular expression or class, whose parameters do not.
+        no_decay: modules, by regular expression or class, whose parameters do not; or single parameters, by
+            a regular expression that is found in their names.
         chosen: which parameters; default: all.
 
     Raises:
-        SettingError: an entry of ``no_decay`` matches no module.
+        SettingError: an entry of ``no_decay`` matches no module and no parameter.
     """
-    try:
-        named = matching_modules(model, no_decay, argument="optimizer.no_decay")
-    except ValueError as error:
-        raise SettingError(str(error)) from error
-    modules = dict(model.named_modules())
-    exempt = {id(own) for name in named for own in modules[name].parameters(recurse=False)}
+    # with all their names: that of a weight which is used twice may match in one place only
+    everything = list(model.named_parameters(remove_duplicate=False))
+    modules, exempt = dict(model.named_modules()), set()
+    for entry in no_decay:
+        single = {id(own) for name, own in everything if re.search(entry, name)}
+        try:
+            named = matching_modules(model, [entry], argument="optimizer.no_decay")
+        except ValueError as error:
+            if not single:
+                raise SettingError(str(error)) from error
+            named = {}
+        exempt |= single | {id(own) for name in named for own in modules[name].parameters(recurse=False)}
     parameters = [parameter for parameter in model.parameters() if chosen(parameter)]
     groups: list[dict[str, Any]] = [
         {"params": [each for each in parameters if id(each) not in exempt], "weight_decay": weight_decay},
@@ -189,7 +197,7 @@ def build_preconditioner(
 
 def _kfac_loss(loss: schema.Loss) -> dict[str, str]:
     """Returns K-FAC's argument ``loss``; none for Dice: its only Fisher matrix, the empirical, reads none."""
-    return {"loss": loss.name} if loss.name == "cross_entropy" else {}
+    return {"loss": loss.name} if loss.name != "dice" else {}
 
 
 def _fields(config: Strict) -> dict[str, Any]:

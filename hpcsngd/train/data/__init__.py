@@ -25,6 +25,8 @@ from hpcsngd.train.data.small_imagenet import imagenet32, imagenet64
 from hpcsngd.train.data.staging import stage
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.sampler import ShardedSampler
+from hpcsngd.train.text.datasets import load_glue, load_squad
+from hpcsngd.train.text.glue import LAYOUTS as GLUE
 from hpcsngd.train.text.pairs import multi30k
 from hpcsngd.train.text.stream import token_files
 
@@ -56,6 +58,9 @@ DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "ptb": partial(token_files, "ptb"),
     "wikitext2": partial(token_files, "wikitext2"),
     "wikitext103": partial(token_files, "wikitext103"),
+    **{name: partial(load_glue, name) for name in GLUE},
+    "squad": partial(load_squad, "v1.1"),
+    "squadv2": partial(load_squad, "v2.0"),
 }
 
 

@@ -7,16 +7,19 @@ samples (correlations, F1 of a class) are exact too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpcsngd import dist
+from hpcsngd.config.experiment import Experiment
+from hpcsngd.train.data.samples import Samples
 from hpcsngd.train.metrics import Sums
 from hpcsngd.train.tasks import Classification, Evaluated, Evaluation, Task
 from hpcsngd.train.text import answers
+from hpcsngd.train.text.glue import LAYOUTS
 from hpcsngd.train.text.scores import METRICS
 from hpcsngd.train.text.windows import Windows
 
@@ -35,7 +38,7 @@ class Labelling(Classification):
         super().__init__(classes, smoothing)
         self._metrics, self._samples = metrics, samples
 
-    def evaluation(self, device: torch.device) -> Evaluation:
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
         """Returns an evaluation by cross-entropy without smoothing, and by the metrics."""
         return _Labels(super().evaluation(device), _Predictions(self._samples, self._metrics, device))
 
@@ -89,7 +92,7 @@ class Regression(Task):
         """Returns nan: a correlation is no sum over samples."""
         return outputs.new_tensor(math.nan, dtype=torch.float64)
 
-    def evaluation(self, device: torch.device) -> Evaluation:
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
         """Returns an evaluation by squared error and by the metrics."""
         return _Numbers(self, _Predictions(self._samples, self._metrics, device), device)
 
@@ -135,7 +138,7 @@ class SpanAnswers(Task):
         """Returns the number of windows of which both ends are right."""
         return (outputs.argmax(2) == targets).all(1).sum().double()
 
-    def evaluation(self, device: torch.device) -> Evaluation:
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
         """Returns an evaluation of whole questions by exact match and F1."""
         return _Questions(self, self._windows, device, may_be_none=self._may_be_none)
 
@@ -176,6 +179,35 @@ class _Questions(Evaluation):
                 scores |= {f"{name}_exact_match": _mean(exact, chosen), f"{name}_f1": _mean(f1, chosen)}
         plain = {name: float(value) for name, value in scores.items()}
         return Evaluated(Sums(loss, plain["f1"] * count, int(count)), scores=plain)
+
+
+def labelling(config: Experiment, classes: int, samples: Samples) -> Task:
+    """Returns the task of an experiment on classes of text."""
+    metrics = LAYOUTS[config.data.name].metrics
+    return Labelling(classes, config.loss.label_smoothing, metrics, len(samples))
+
+
+def regression(config: Experiment, classes: int, samples: Samples) -> Task:
+    """Returns the task of an experiment on numbers."""
+    return Regression(LAYOUTS[config.data.name].metrics, len(samples))
+
+
+def question_answering(config: Experiment, classes: int, samples: Samples) -> Task:
+    """Returns the task of an experiment on questions.
+
+    Raises:
+        TypeError: the samples are no windows of questions.
+    """
+    if not isinstance(samples, Windows):
+        raise TypeError(f"{type(samples).__name__} are no windows of questions")
+    return SpanAnswers(samples, may_be_none=config.data.name == "squadv2")
+
+
+TASKS: dict[str, Callable[[Experiment, int, Samples], Task]] = {
+    "classification": labelling,
+    "regression": regression,
+    "question_answering": question_answering,
+}
 
 
 def _mean(values: answers.Floats, chosen: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> float:

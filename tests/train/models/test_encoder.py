@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcsngd import optim
+from hpcsngd.config.catalogue import SMALL_ENCODER
 from hpcsngd.optim.quantify import quantify
 from hpcsngd.train.faults import MissingDataError, SettingError
 from hpcsngd.train.loop import flat_gradients
@@ -51,7 +52,7 @@ LAYERS = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("encoders")
     tiny.encoder(root)
-    return root / tiny.ENCODER
+    return root / SMALL_ENCODER
 
 
 def samples(folder: Path) -> Encoded:
