@@ -62,9 +62,10 @@ def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_pa
     whole, cut = (rundir.create(tmp_path / part, small.exp_name, record) for part in ("whole", "cut"))
     run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path))
     runs.assert_same_weights(whole, cut)
-    for table in ("train", "eval"):
+    for table in ("train", "eval", "scores"):
         assert runs.rows(whole, table) == runs.rows(cut, table), table
-    assert len(runs.rows(whole, "eval")) == small.experiment.epochs
+    evaluated = [(row["step"], row["split"]) for row in runs.rows(whole, "eval")]
+    assert len(evaluated) == small.experiment.epochs * len({split for _, split in evaluated})
     page = write_report([whole.path, cut.path], tmp_path / "report.html").read_text()
     assert small.exp_name in page
 

@@ -37,15 +37,7 @@ TEXTS = [
 TARGETS = torch.tensor([0, 1, 2, 0, 1, 2])
 #: Weights this large make attention depend on its input, as in trained encoders.
 LARGE = {"initializer_range": 0.5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-LAYERS = (
-    "query",
-    "key",
-    "value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "pooler.dense",
-    "classifier",
-)
+ATTENTION = ("self.query", "self.key", "self.value", "attention.output.dense")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +107,7 @@ def test_padding_changes_nothing(folder: Path) -> None:
     assert logits.shape == (2, 2, LENGTH)
     short = int(tokens[:, 1].sum(1).max())
     torch.testing.assert_close(logits[:, :, :short], answering(tokens[:, :, :short]))
-    assert float(logits.softmax(2)[(tokens[:, 1:2] == 0).expand(-1, 2, -1)].sum()) == 0
+    assert float(logits.detach().softmax(2)[(tokens[:, 1:2] == 0).expand(-1, 2, -1)].sum()) == 0
 
 
 def test_the_second_sentence_is_told_by_its_type(folder: Path) -> None:
@@ -164,15 +156,15 @@ def test_other_encoders_learn_and_every_sample_has_its_own_positions(
     tokens = tokenized(tokenizer, TEXTS, LENGTH)
     part = Encoded(place, tokens, TARGETS, length=LENGTH, padding=tokenizer.pad_token_id)
     torch.manual_seed(0)
-    model = encoder(part, 3, weights="random")
+    model = encoder(part, 3, weights="random", initializer_range=0.5)
     seen: list[torch.Size] = []
     for name, module in model.named_modules():
         if name.endswith("position_embeddings"):
             module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape))
     x, y = part[list(range(6))]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     kfac, losses = optim.KFAC(model, damping=0.1, rescale="norm"), []
-    for _ in range(12):
+    for _ in range(25):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
@@ -193,31 +185,23 @@ def mean_span_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("has_spans", [False, True])
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        (optim.HyLo, {"damping": 1e-3, "conv_mode": "exact"}),
-        (optim.HyLo, {"damping": 1e-3, "conv_mode": "exact", "method": "kid", "ratio": 1.0}),
-        (optim.KFAC, {"damping": 1e-3}),
-    ],
+    ("method", "options", "largest"),
+    [(optim.HyLo, {"conv_mode": "exact"}, 600), (optim.KFAC, {}, 300)],
 )
 def test_every_covered_layer_has_exact_curvature_and_second_order_strength(
-    method: Any, options: dict[str, Any], *, has_spans: bool, folder: Path
+    method: Any, options: dict[str, Any], largest: int, *, has_spans: bool, folder: Path
 ) -> None:
     part = spans(folder) if has_spans else samples(folder)
-    model = drawn(part)
-    batch = part[list(range(len(part)))]
-    preconditioner = method(model, **options)
-    checks = preconditioner.verify(
-        batch, mean_span_loss if has_spans else mean_loss, layers=99, max_entries=2000
-    )
+    preconditioner = method(drawn(part), damping=1e-3, **options)
+    batch, loss = part[list(range(len(part)))], mean_span_loss if has_spans else mean_loss
+    checks = preconditioner.verify(batch, loss, layers=99, max_entries=largest)
     compared = {check.layer: check for check in checks if not check.skipped}
-    expected = [name for name in LAYERS if not has_spans or name not in ("pooler.dense", "classifier")]
-    assert all(any(name in layer for layer in compared) for name in expected)
-    assert not preconditioner.skipped.get("network.classifier")
+    for name in (*ATTENTION, *(["qa_outputs"] if has_spans else ["pooler.dense", "classifier"])):
+        assert any(layer.endswith(name) for layer in compared), name
     for layer, check in compared.items():
-        # as much as a solve in float64 of matrices with condition 1e3 to 1e6 leaves
-        assert check.error < 1e-8, layer
-        assert check.strength > 0.01, layer
+        # what a solve in float64 leaves of matrices with condition 1e3 to 1e6
+        assert check.error < 1e-9, layer
+        assert check.strength > 0.5, layer
 
 
 def test_kfac_covers_embeddings_and_norms_and_hylo_names_them(folder: Path) -> None:
@@ -232,22 +216,21 @@ def test_kfac_covers_embeddings_and_norms_and_hylo_names_them(folder: Path) -> N
     assert list(without.skipped) == ["network.bert.embeddings.word_embeddings"]
 
 
-def test_kfac_covers_the_embeddings_by_their_exact_formula(folder: Path) -> None:
+def test_kfac_covers_places_types_and_norms_by_their_exact_formula(folder: Path) -> None:
     part = samples(folder)
-    preconditioner = optim.KFAC(drawn(part), damping=1e-3)
-    checks = preconditioner.verify(part[list(range(6))], mean_loss, layers=99, max_entries=2000)
-    found = {
-        check.layer.removeprefix("network.bert.embeddings."): check for check in checks if not check.skipped
-    }
-    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm"):
-        assert found[name].error < 1e-8, name
-        assert found[name].strength > 0.01, name
+    others = ["word_embeddings", "encoder", "pooler", "classifier"]
+    preconditioner = optim.KFAC(drawn(part), damping=1e-3, skip=others)
+    checks = preconditioner.verify(part[list(range(6))], mean_loss, layers=99, max_entries=1100)
+    found = {check.layer.removeprefix("network.bert.embeddings."): check for check in checks}
+    for name in ("position_embeddings", "token_type_embeddings", "LayerNorm"):
+        assert found[name].error < 1e-9, name
+        assert found[name].strength > 0.5, name
 
 
 def test_mfac_turns_the_whole_gradient(folder: Path) -> None:
     part = samples(folder)
     model = drawn(part)
-    mfac = optim.MFAC(model, num_grads=8, damping=1e-6)
+    mfac = optim.MFAC(model, num_grads=8, damping=0.1)
     assert dict(mfac.skipped) == {}
     for index in range(8):
         x, y = part[[index % 6, (index + 1) % 6]]
