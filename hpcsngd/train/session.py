@@ -133,6 +133,10 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
     scaler = devices.make_scaler(config.precision, device)
     seeds.seed_streams(seeds.derive(config.seed, "weights"))
     model = build_model(config, splits, device)
+    if config.accumulate > 1 and carried.is_carrying(model):
+        raise SettingError(
+            f"model {config.model.name} goes on from step to step where its streams ended: accumulate must be 1"
+        )
     if dist.rank() == 0:
         _summarize(run, model, splits.train.example(_REHEARSAL_BATCH), device)
         rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,6 @@ from hpcsngd.train.data.small_imagenet import imagenet32, imagenet64
 from hpcsngd.train.data.staging import stage
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.sampler import ShardedSampler
-from hpcsngd.train.text.pairs import multi30k
-from hpcsngd.train.text.stream import token_files
 
 __all__ = [
     "DATASETS",
@@ -41,6 +38,20 @@ __all__ = [
     "loader",
 ]
 
+
+def _multi30k(root: Path | None, config: schema.Data) -> Splits:
+    # not above: texts are samples, whose module is in this package
+    from hpcsngd.train.text.pairs import multi30k
+
+    return multi30k(root, config)
+
+
+def _token_files(root: Path | None, config: schema.Data) -> Splits:
+    from hpcsngd.train.text.stream import token_files
+
+    return token_files(root, config)
+
+
 DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "digits": digits,
     "mnist": mnist,
@@ -52,10 +63,10 @@ DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "imagenet64": imagenet64,
     "lgg-mri": lgg_mri,
     "features": features,
-    "multi30k": multi30k,
-    "ptb": partial(token_files, "ptb"),
-    "wikitext2": partial(token_files, "wikitext2"),
-    "wikitext103": partial(token_files, "wikitext103"),
+    "multi30k": _multi30k,
+    "ptb": _token_files,
+    "wikitext2": _token_files,
+    "wikitext103": _token_files,
 }
 
 
