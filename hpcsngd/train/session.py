@@ -135,7 +135,7 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
     model = build_model(config, splits, device)
     if config.accumulate > 1 and carried.is_carrying(model):
         raise SettingError(
-            f"model {config.model.name} goes on from step to step where its streams ended: accumulate must be 1"
+            f"model {config.model.name} goes on from step to step in its streams: accumulate must be 1"
         )
     if dist.rank() == 0:
         _summarize(run, model, splits.train.example(_REHEARSAL_BATCH), device)

@@ -29,7 +29,7 @@ class Table:
 
     def __call__(self, words: Tensor, rows: Tensor) -> Tensor:
         pairs = zip(rows.tolist(), words.tolist(), strict=True)
-        return torch.stack([self.next[task, *sentence] for task, sentence in pairs])
+        return torch.stack([self.next[(task, *sentence)] for task, sentence in pairs])
 
     def best(self, task: int, power: float) -> list[int]:
         """Returns the best of all sentences."""
@@ -39,7 +39,7 @@ class Table:
                 if END in words[:-1] or (words[-1] != END and length < LONGEST):
                     continue
                 value = sum(
-                    float(self.next[task, START, *words[:place]][word]) for place, word in enumerate(words)
+                    float(self.next[(task, START, *words[:place])][word]) for place, word in enumerate(words)
                 )
                 found[words] = value / length**power
         best = max(found, key=lambda words: found[words])
@@ -59,7 +59,7 @@ def test_a_beam_of_one_takes_the_best_word_each_time() -> None:
     for task in range(3):
         words: list[int] = []
         while len(words) < LONGEST:
-            words.append(int(model.next[task, START, *words].argmax()))
+            words.append(int(model.next[(task, START, *words)].argmax()))
             if words[-1] == END:
                 break
         expected.append([word for word in words if word != END])
@@ -69,7 +69,7 @@ def test_a_beam_of_one_takes_the_best_word_each_time() -> None:
 def test_wider_beams_find_likelier_sentences_and_tasks_do_not_meddle() -> None:
     def value(model: Table, task: int, words: list[int]) -> float:
         ended = [*words, END] if len(words) < LONGEST else words
-        return sum(float(model.next[task, START, *ended[:place]][word]) for place, word in enumerate(ended))
+        return sum(float(model.next[(task, START, *ended[:place])][word]) for place, word in enumerate(ended))
 
     gains = []
     for seed in range(10):

@@ -10,8 +10,8 @@ from hpcsngd.train.text.vocabulary import CACHE, Vocabulary, by_frequency, cache
 
 
 def test_words_come_by_frequency_and_then_by_the_alphabet() -> None:
-    assert by_frequency("b a c b a d".split(), min_count=1) == ["a", "b", "c", "d"]
-    assert by_frequency("b c c b a c".split(), min_count=2) == ["c", "b"]
+    assert by_frequency(["b", "a", "c", "b", "a", "d"], min_count=1) == ["a", "b", "c", "d"]
+    assert by_frequency(["b", "c", "c", "b", "a", "c"], min_count=2) == ["c", "b"]
 
 
 @pytest.mark.parametrize(
