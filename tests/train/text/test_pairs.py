@@ -55,13 +55,13 @@ def test_lines_become_pairs_of_padded_sentences(tmp_path: Path) -> None:
 
 def test_the_way_case_and_vocabularies_are_settings(tmp_path: Path) -> None:
     write(tmp_path / "multi30k")
-    train, splits = load(tmp_path, source="en", lowercase=False)
+    train, _ = load(tmp_path, source="en", lowercase=False)
     assert train.languages[0].decode(train[[1]][0][0].tolist()) == ["A", "man", "</s>"]
     assert train.references == GERMAN
-    shared, splits = load(tmp_path, shared=True)
+    shared, _ = load(tmp_path, shared=True)
     assert shared.languages[0] is shared.languages[1]
     assert {"hund", "dog"} < set(shared.languages[0].words)
-    rare, splits = load(tmp_path, min_count=2)
+    rare, _ = load(tmp_path, min_count=2)
     assert "runs" not in rare.languages[1].words
     assert UNKNOWN in rare[[0]][2][0].tolist()
     # de, en, each with case and not, both, and two with min_count
