@@ -77,7 +77,7 @@ def test_wider_beams_find_likelier_sentences_and_tasks_do_not_meddle() -> None:
         narrow, wide = (search(model, 3, Rules(START, END, beam, 0.0, LONGEST), CPU) for beam in (1, 3))
         for task in range(3):
             one = search(
-                lambda words, rows, task=task: model(words, rows + task),
+                lambda words, rows, model=model, task=task: model(words, rows + task),
                 1,
                 Rules(START, END, 3, 0.0, LONGEST),
                 CPU,
