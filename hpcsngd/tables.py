@@ -361,17 +361,19 @@ _ALL = (
     ),
     Table(
         "staleness",
-        ("step",),
+        ("step", "worker"),
         (
             _ATTEMPT,
             _EPOCH,
             Column("step", "int", "steps", "updates that the server has made, this one included"),
-            Column("worker", "int", "", "rank whose gradient was applied"),
+            Column("worker", "int", "", "rank whose gradient is in the update; all in synchronous mode"),
             Column("pulled", "int", "steps", "updates made when the worker took its parameters"),
             Column("staleness", "int", "steps", "updates of others between the pull and this one"),
+            Column("work", "int", "steps", "step of the run's plan whose samples it is of, from 0"),
+            Column("delay_ms", "float", "ms", "how long the worker waited on purpose before it pushed"),
             Column("utc", "str", "", "ISO 8601 time of the update"),
         ),
-        doc="Age of every gradient that a parameter server applied; written by the server.",
+        doc="Age of every gradient that a parameter server applied, and the order that a replay repeats.",
     ),
 )
 

@@ -543,6 +543,79 @@ class GGT(Strict):
 Preconditioner = Annotated[HyLo | KFAC | MFAC | GGT, Field(discriminator="name")]
 
 
+class DelayCompensation(Strict):
+    """What a stale gradient is changed by (DC-ASGD): g + lambda g g (w - w_then)."""
+
+    strength: float = Field(ge=0)
+    """Lambda, or lambda_0 if adaptive; 0 changes nothing."""
+    adaptation: Literal["constant", "adaptive"] = "constant"
+    """Adaptive: lambda_0 over the root of the gradients' mean square, entry by entry."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of that mean square."""
+    eps: float = Field(default=1e-7, gt=0)
+    """Added to it."""
+
+
+class Delay(Strict):
+    """What workers wait before each push, to study slow ones."""
+
+    intensity: Literal["small", "medium", "long"] | None = None
+    """Mean of 30, 60 or 90 ms."""
+    mean_ms: float | None = Field(default=None, ge=0)
+    """Instead: the mean in milliseconds."""
+    std_ms: float = Field(default=5.0, ge=0)
+    """Standard deviation of gaussian delays; what would be negative is 0."""
+    kind: Literal["constant", "gaussian"] = "gaussian"
+    """Whether every delay is the mean, or drawn."""
+    all_workers: bool = True
+    """Delay all workers; false: the slow one only."""
+    slow_worker: int | None = Field(default=None, ge=1)
+    """A worker, from 1, that waits twice as long, with twice the deviation; null: none."""
+
+    @model_validator(mode="after")
+    def _somebody_waits(self) -> Delay:
+        if (self.intensity is None) == (self.mean_ms is None):
+            raise ValueError("a delay takes one of intensity and mean_ms")
+        if not self.all_workers and self.slow_worker is None:
+            raise ValueError("all_workers: false needs a slow_worker; without a delay leave it out")
+        return self
+
+
+class ParameterServer(Strict):
+    """Rank 0 is the server, all others are workers; see hpcsngd/train/parameter_server."""
+
+    mode: Literal["async", "sync"] = "async"
+    """Async: every push is an update. Sync: an update is the mean of one push of each worker."""
+    partition: Literal["dealt", "shared", "split", "labels", "labels_unscaled"] = "dealt"
+    """Which samples a worker trains on: what comes next in an order that all share, all samples in an order
+    of its own, or a part of its own: at random, or by labels (cut to equal size, or not)."""
+    shares: Literal["free", "equal"] = "free"
+    """Async: whether whoever is ready computes the next update, or each worker's share of the whole run is
+    set before (by the size of its part), so that slow workers are not left behind."""
+    compensation: DelayCompensation | None = None
+    """Compensation of delays, async only; null: none."""
+    delay: Delay | None = None
+    """Delays that workers add; null: none."""
+    replay: str | None = None
+    """Run directory, or its staleness.csv, whose order of pulls and pushes is repeated, async only."""
+    lost_after_s: float = Field(default=60.0, gt=0)
+    """Seconds without a word of a worker's process after which it counts as lost."""
+
+    @model_validator(mode="after")
+    def _fits_the_mode(self) -> ParameterServer:
+        given = {
+            "compensation": self.compensation is not None,
+            "replay": self.replay is not None,
+            "shares: equal": self.shares == "equal",
+        }
+        wrong = [name for name, is_given in given.items() if is_given]
+        if self.mode == "sync" and wrong:
+            raise ValueError(f"{', '.join(wrong)}: not in mode sync, where all workers wait for each other")
+        if self.replay is not None and self.shares == "equal":
+            raise ValueError("replay repeats who computed what, so shares: equal says nothing")
+        return self
+
+
 class Schedule(Strict):
     """Learning rate against epochs, as a multiple of optimizer.lr."""
 
@@ -703,8 +776,10 @@ class Experiment(Strict):
     task: Task = "classification"
     """What is learned: a class or a number for each sample, a mask, a translation, the next word of a text,
     or the answer to a question."""
-    strategy: Literal["ddp"] = "ddp"
-    """How ranks work together."""
+    strategy: Literal["ddp", "parameter_server"] = "ddp"
+    """How ranks work together: all alike, or one server and workers."""
+    parameter_server: ParameterServer | None = None
+    """Of strategy parameter_server only; null: its defaults."""
     model: Model
     """The network."""
     data: Data
@@ -776,4 +851,26 @@ class Experiment(Strict):
             raise ValueError(f"fisher: empirical is the only one for task {self.task}")
         if self.task == "translation" and self.loss.average == "tokens":
             raise ValueError("fisher: mc and type-2 of sentences need loss.average samples or none")
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Experiment:
+        if self.strategy != "parameter_server":
+            if self.parameter_server is not None:
+                raise ValueError(f"parameter_server: not for strategy {self.strategy}")
+            return self
+        given = {
+            "preconditioner (the server has no samples, only gradients)": self.preconditioner is not None,
+            "precision: fp16 (a scaled loss needs all ranks in step)": self.precision == "fp16",
+            "data.workers (workers load their samples themselves)": self.data.workers > 0,
+            "diagnostics.profiling": self.diagnostics.profiling,
+            "data of text": DATASETS[self.data.name].kind == "text",
+        }
+        if wrong := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"{'; '.join(wrong)}: not for strategy parameter_server")
+        if (
+            self.task != "classification"
+            and "labels" in (self.parameter_server or ParameterServer()).partition
+        ):
+            raise ValueError(f"partition by labels: not for task {self.task}")
         return self

@@ -75,8 +75,19 @@ def overrides(experiment: Experiment, data_root: str) -> list[Override]:
         **dict(_schedule(experiment)),
         **({"decoding.beam": 2, "decoding.max_words": 8} if experiment.task == "translation" else {}),
         **dict(_preconditioner(experiment)),
+        **dict(_server(experiment)),
     }
     return [Override(f"experiment.{path}", value, ORIGIN) for path, value in settings.items()]
+
+
+def _server(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    """Yields what one worker beside a parameter server can do; what it does can be repeated bit for bit."""
+    settings = experiment.parameter_server
+    if settings is None:
+        return
+    yield "parameter_server.replay", None
+    if settings.delay is not None and settings.delay.slow_worker is not None:
+        yield "parameter_server.delay.slow_worker", 1
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -110,6 +110,8 @@ class Plan:
         batch_host: of LSF: whether the first host is no compute node: ``yes``, ``no`` or ``auto``.
         resource_sets: what the site sets for jsrun, by the names of `ResourceSets`; None: the usual ones.
         after: paths of runs that must have completed before this one begins, see `hpcsngd.launch.turn`.
+        is_served: whether there is a parameter server. Ranks then begin and end one by one: agents start each
+            rank themselves in either mode, and one that is lost does not end the others.
     """
 
     site_name: str
@@ -150,6 +152,12 @@ class Plan:
     batch_host: Literal["auto", "yes", "no"] = "auto"
     resource_sets: dict[str, Any] | None = None
     after: tuple[str, ...] = ()
+    is_served: bool = False
+
+    @property
+    def starts_ranks(self) -> bool:
+        """Returns whether agents start ranks themselves, each with logs of its own, and not torchrun."""
+        return self.mode == "per_rank" or self.is_served
 
     @property
     def world_size(self) -> int:
@@ -243,6 +251,7 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER, 
         stop_margin_s=site.stop_margin_s,
         hang_timeout_s=restart.hang_timeout_s or site.hang_timeout_s,
         start_timeout_s=max(site.start_timeout_s, launch.rendezvous_timeout_s),
+        is_served=resolved.experiment.strategy == "parameter_server",
         **_launcher(resolved, host),
         **_image(resolved),
     )

@@ -105,6 +105,8 @@ def _unsupported(resolved: Resolved) -> Iterator[str]:
             f"{_rule(resolved, 'launch.launcher')}: none starts agents on the first host only, "
             f"but this job has {resolved.nodes} nodes"
         )
+    if resolved.experiment.strategy == "parameter_server" and resolved.world_size < 2:
+        yield "strategy parameter_server needs at least 2 ranks, the server and a worker: set ranks_per_node"
     if site.launch.gpu_visibility == "one" and site.launch.mode == "torchrun" and resolved.gpus_per_node:
         yield (
             f"{_rule(resolved, 'launch.gpu_visibility')}: one needs launch.mode: per_rank; "

@@ -187,7 +187,7 @@ def _workers(made: Plan, run_dir: Path) -> str:
         address, legend = "HOST0", [f"# HOST0: {_FIRST_HOST[made.scheduler]}", port]
     if text := causes.devices(made):
         legend.append(f"# {text}")
-    if made.mode == "per_rank":
+    if made.starts_ranks:
         title = "# --- each rank runs, with RANK and LOCAL_RANK of its own and"
         legend.append(f"# WORLD_SIZE={made.world_size} MASTER_ADDR={address} MASTER_PORT=PORT")
         words = commands.rank_command(made, str(run_dir), 1)

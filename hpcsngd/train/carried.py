@@ -22,6 +22,11 @@ class Carrying(nn.Module):
         self.carried: list[Tensor] = []
 
 
+def is_carrying(model: nn.Module) -> bool:
+    """Returns whether a model has such a module."""
+    return any(True for _ in _carrying(model))
+
+
 def reset(model: nn.Module) -> None:
     """Lets a model begin anew."""
     for _, module in _carrying(model):

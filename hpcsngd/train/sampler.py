@@ -116,13 +116,13 @@ class ShardedSampler(Sampler[list[int]]):
         if self._targets is None:
             return self.sizes[step]
         if self._counted[0] != self._epoch:
-            counts = iter([self._targets[index] for index in self._order()])
+            counts = iter([self._targets[index] for index in self.order(self._epoch)])
             by_step = [sum(itertools.islice(counts, size)) for size in self.sizes]
             self._counted = (self._epoch, by_step)
         return self._counted[1][step]
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order = self.order(self._epoch)
         start = sum(self.sizes[: self._first_step])
         for step in range(self._first_step, self.steps_per_epoch):
             size = self.sizes[step]
@@ -133,11 +133,11 @@ class ShardedSampler(Sampler[list[int]]):
                 place += part
             start += size
 
-    def _order(self) -> list[int]:
-        """Returns the samples in the order of the epoch."""
+    def order(self, epoch: int) -> list[int]:
+        """Returns all samples in the order of an epoch, counted from 0."""
         if not self._is_shuffled:
             return list(range(sum(self._blocks)))
-        generator = seeds.generator(self._seed, "order", self._epoch)
+        generator = seeds.generator(self._seed, "order", epoch)
         if len(self._blocks) == 1:
             whole: list[int] = torch.randperm(self._blocks[0], generator=generator).tolist()
             return whole

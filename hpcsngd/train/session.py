@@ -104,8 +104,8 @@ def train(
         if dist.rank() == 0:
             wall = {"wall_s": recorder.wall_s}
             if is_finished:
-                result = _result(config, progress, parts.model, splits.evaluated) | wall
-                rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
+                facts = result(config, progress, parts.model, splits.evaluated) | wall
+                rundir.write_yaml(run.attempt(attempt).finished_yaml, facts)
             else:
                 rundir.write_yaml(run.attempt(attempt).stopped_yaml, {"step": progress.step, **wall})
         pulse.at("done")
@@ -131,11 +131,11 @@ def _laid_out(splits: data.Splits, config: Experiment) -> data.Splits:
 
 def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> Parts:
     scaler = devices.make_scaler(config.precision, device)
-    seeds.seed_streams(seeds.derive(config.seed, "weights"))
-    model = build_model(config, splits, device)
-    if dist.rank() == 0:
-        _summarize(run, model, splits.train.example(_REHEARSAL_BATCH), device)
-        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
+    model = new_model(run, config, splits, device)
+    if config.accumulate > 1 and carried.is_carrying(model):
+        raise SettingError(
+            f"model {config.model.name} goes on from step to step in its streams: accumulate must be 1"
+        )
     strategy = STRATEGIES[config.strategy]()
     trained = strategy.prepare(model, device)
 
@@ -152,6 +152,16 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
             log.info("layer %s keeps its plain gradient: %s", name, reason)
     built = optimizers.build_optimizers(model, config.optimizer)
     return Parts(model, trained, strategy, built, preconditioner, scaler, device)
+
+
+def new_model(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
+    """Returns a run's model with its initial weights; rank 0 writes down what it is made of."""
+    seeds.seed_streams(seeds.derive(config.seed, "weights"))
+    model = build_model(config, splits, device)
+    if dist.rank() == 0:
+        _summarize(run, model, splits.train.example(_REHEARSAL_BATCH), device)
+        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
+    return model
 
 
 def build_model(config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
@@ -250,7 +260,8 @@ def evaluation_batches(
     return data.loader(samples, sampler, workers=workers, pin=device.type == "cuda")
 
 
-def _result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
+def result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
+    """Returns what ``finished.yaml`` says of a run's training."""
     return {
         f"{evaluated}_accuracy": progress.test.accuracy,
         f"{evaluated}_loss": progress.test.mean_loss,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,6 @@ from hpcsngd.train.data.small_imagenet import imagenet32, imagenet64
 from hpcsngd.train.data.staging import stage
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.sampler import ShardedSampler
-from hpcsngd.train.text.datasets import load_glue, load_squad
-from hpcsngd.train.text.glue import LAYOUTS as GLUE
-from hpcsngd.train.text.pairs import multi30k
-from hpcsngd.train.text.stream import token_files
 
 __all__ = [
     "DATASETS",
@@ -43,6 +38,32 @@ __all__ = [
     "loader",
 ]
 
+
+def _multi30k(root: Path | None, config: schema.Data) -> Splits:
+    # not above: texts are samples, whose module is in this package
+    from hpcsngd.train.text.pairs import multi30k
+
+    return multi30k(root, config)
+
+
+def _token_files(root: Path | None, config: schema.Data) -> Splits:
+    from hpcsngd.train.text.stream import token_files
+
+    return token_files(root, config)
+
+
+def _glue(root: Path | None, config: schema.Data) -> Splits:
+    from hpcsngd.train.text.datasets import load_glue
+
+    return load_glue(root, config)
+
+
+def _squad(root: Path | None, config: schema.Data) -> Splits:
+    from hpcsngd.train.text.datasets import load_squad
+
+    return load_squad(root, config)
+
+
 DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "digits": digits,
     "mnist": mnist,
@@ -54,13 +75,12 @@ DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "imagenet64": imagenet64,
     "lgg-mri": lgg_mri,
     "features": features,
-    "multi30k": multi30k,
-    "ptb": partial(token_files, "ptb"),
-    "wikitext2": partial(token_files, "wikitext2"),
-    "wikitext103": partial(token_files, "wikitext103"),
-    **{name: partial(load_glue, name) for name in GLUE},
-    "squad": partial(load_squad, "v1.1"),
-    "squadv2": partial(load_squad, "v2.0"),
+    "multi30k": _multi30k,
+    "ptb": _token_files,
+    "wikitext2": _token_files,
+    "wikitext103": _token_files,
+    **dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"), _glue),
+    **dict.fromkeys(("squad", "squadv2"), _squad),
 }
 
 

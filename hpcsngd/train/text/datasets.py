@@ -15,22 +15,24 @@ from hpcsngd.train.text.windows import Windows, cut
 #: Tokens of a sample, and tokens that windows share, as in the published fine-tuning scripts.
 GLUE_LENGTH, SQUAD_LENGTH, SQUAD_STRIDE = 128, 384, 128
 
+#: What files are called after.
+VERSIONS = {"squad": "v1.1", "squadv2": "v2.0"}
 
-def load_glue(name: str, root: Path | None, config: schema.Data) -> Splits:
+
+def load_glue(root: Path | None, config: schema.Data) -> Splits:
     """Returns the examples of a GLUE task; its development set is what is evaluated.
 
     Of MNLI that is the matched set; the mismatched one is evaluated besides.
 
     Args:
-        name: of the task.
         root: the data root, which holds the folder that the archive unpacks to.
-        config: the experiment's ``data``; ``max_length`` is 128 by default.
+        config: the experiment's ``data``, by whose name the task goes; ``max_length`` is 128 by default.
 
     Raises:
         MissingDataError: files of the task or of the tokenizer are missing or damaged; they are named.
         SettingError: no tokenizer is named, or a library is not installed.
     """
-    folder, layout = folders.find(name, root), glue.LAYOUTS[name]
+    folder, layout = folders.find(config.name, root), glue.LAYOUTS[config.name]
     encoder = hub.find_folder(config.tokenizer, root)
     tokenizer, length = hub.tokenizer(encoder), config.max_length or GLUE_LENGTH
 
@@ -50,19 +52,18 @@ def load_glue(name: str, root: Path | None, config: schema.Data) -> Splits:
     )
 
 
-def load_squad(version: str, root: Path | None, config: schema.Data) -> Splits:
+def load_squad(root: Path | None, config: schema.Data) -> Splits:
     """Returns the windows of SQuAD; its development set is what is evaluated.
 
     Args:
-        version: ``v1.1`` or ``v2.0``.
         root: the data root.
-        config: the experiment's ``data``; ``max_length`` is 384 and ``doc_stride`` 128 by default.
+        config: the experiment's ``data``, by whose name the version goes; ``max_length`` is 384 and ``doc_stride`` 128 by default.
 
     Raises:
         MissingDataError: files of the data or of the tokenizer are missing or damaged; they are named.
         SettingError: no tokenizer is named, or a library is not installed, or no room for paragraphs.
     """
-    folder = folders.find("squad" if version == "v1.1" else "squadv2", root)
+    folder, version = folders.find(config.name, root), VERSIONS[config.name]
     encoder = hub.find_folder(config.tokenizer, root)
     tokenizer = hub.tokenizer(encoder)
 

@@ -97,7 +97,7 @@ class Stream(Samples):
         return self._tokens[here].long(), targets
 
 
-def token_files(name: str, root: Path | None, config: schema.Data) -> Splits:
+def token_files(root: Path | None, config: schema.Data) -> Splits:
     """Returns a text whose tokens are separated by blanks, each line ended by one of its own.
 
     Format: three files of lines in UTF-8, ``ptb.train.txt``, ``ptb.valid.txt`` and ``ptb.test.txt`` of the
@@ -106,15 +106,14 @@ def token_files(name: str, root: Path | None, config: schema.Data) -> Splits:
     tokens become ``<unk>``, which such texts already use.
 
     Args:
-        name: of the data set.
         root: the data root.
         config: the experiment's ``data``.
 
     Raises:
         MissingDataError: files are missing or damaged; the message names them.
     """
-    folder = find(name, root)
-    paths = [folder / file for file in CATALOGUE[name].files]
+    folder = find(config.name, root)
+    paths = [folder / file for file in CATALOGUE[config.name].files]
     words = cached(folder, paths[:1], "tokens by frequency", lambda: by_frequency(_tokens(paths[0])))
     vocabulary = Vocabulary(words, words.index(UNKNOWN) if UNKNOWN in words else None)
     length = (config.stream or schema.Stream()).length
