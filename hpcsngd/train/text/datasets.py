@@ -57,7 +57,8 @@ def load_squad(root: Path | None, config: schema.Data) -> Splits:
 
     Args:
         root: the data root.
-        config: the experiment's ``data``, by whose name the version goes; ``max_length`` is 384 and ``doc_stride`` 128 by default.
+        config: the experiment's ``data``, by whose name the version goes; ``max_length`` is 384 and
+            ``doc_stride`` 128 by default.
 
     Raises:
         MissingDataError: files of the data or of the tokenizer are missing or damaged; they are named.

@@ -67,7 +67,7 @@ def test_numbers_of_text_are_learned_and_resumed_bit_for_bit(
     for table in ("eval", "scores"):
         assert rows(whole, table) == rows(parted, table)
     losses = [row["loss"] for row in rows(whole, "train")]
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] - 2
     assert all(math.isnan(row["accuracy"]) for row in rows(whole, "train"))
     last = {row["metric"]: row["value"] for row in rows(whole, "scores")[-2:]}
     assert last["spearman"] == finished(whole)["validation_accuracy"]
