@@ -78,7 +78,12 @@ _ALL = (
             _ATTEMPT,
             _EPOCH,
             _STEP,
-            Column("samples", "int", "samples", "training samples used so far, all ranks"),
+            Column(
+                "samples",
+                "int",
+                "samples",
+                "training samples computed on so far, all ranks: one counts for each time it was evaluated",
+            ),
             Column("loss", "float", "", "mean over the targets since the previous row, all ranks"),
             Column(
                 "accuracy",
@@ -296,6 +301,28 @@ _ALL = (
             Column("entries", "int", "", "entries that the quartiles were taken over"),
         ),
         doc="How much is preconditioned; with diagnostics.quantify_every.",
+    ),
+    Table(
+        "lbfgs",
+        ("step",),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("objective", "float", "", "mean loss of the step's batch before it, with weight decay"),
+            Column("iterations", "int", "", "of the method, so far"),
+            Column("evaluations", "int", "", "of loss and gradient, so far, those for pairs included"),
+            Column("kept", "int", "", "curvature pairs stored so far, damped ones included"),
+            Column("damped", "int", "", "pairs that Powell's damping changed, so far"),
+            Column("skipped", "int", "", "pairs without enough curvature, so far"),
+            Column(
+                "resets",
+                "int",
+                "",
+                "times that all pairs were forgotten, so far: no finite value, no descent",
+            ),
+        ),
+        doc="What L-BFGS did; with optimizer lbfgs, every step.",
     ),
     Table(
         "layers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,21 +65,23 @@ def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_pa
     if small.experiment.strategy == "parameter_server":
         serve_whole_and_cut(whole, cut)
     else:
-        run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path))
+        first_stop = 1 if small.experiment.strategy == "full_batch" else CUT  # of two steps, or of four
+        run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path), first_stop)
     runs.assert_same_weights(whole, cut)
-    for table in ("train", "eval", "scores"):
+    is_text = DATASETS[small.experiment.data.name].kind == "text"
+    for table in ("train", "eval", *(["scores"] if is_text else [])):
         assert runs.rows(whole, table) == runs.rows(cut, table), table
-    evaluated = [(row["step"], row["split"]) for row in runs.rows(whole, "eval")]
-    assert len(evaluated) == small.experiment.epochs * len({split for _, split in evaluated})
+    splits = Counter(row["split"] for row in runs.rows(whole, "eval"))
+    assert set(splits.values()) == {small.experiment.epochs}
     page = write_report([whole.path, cut.path], tmp_path / "report.html").read_text()
     assert small.exp_name in page
 
 
-def train_whole_and_cut(whole: str, cut: str) -> None:
+def train_whole_and_cut(whole: str, cut: str, stop: int) -> None:
     """Trains one run to its end, the other with a stop and a resume between; on each rank."""
     assert runs.train(rundir.open_run(Path(whole)))
     sees = loop.Trainer._sees_stop_request
-    loop.Trainer._sees_stop_request = lambda self: self.progress.step + 1 == CUT  # type: ignore[method-assign]
+    loop.Trainer._sees_stop_request = lambda self: self.progress.step + 1 == stop  # type: ignore[method-assign]
     assert not runs.train(rundir.open_run(Path(cut)))
     loop.Trainer._sees_stop_request = sees  # type: ignore[method-assign]
     assert runs.train(rundir.open_run(Path(cut)), attempt=2)

@@ -31,6 +31,7 @@ from hpcsngd.train.faults import NotFiniteError
 from hpcsngd.train.metrics import Progress, Recorder, Sums
 from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import ShardedSampler
+from hpcsngd.train.stepping import Stepping
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import Strategy
 from hpcsngd.train.tasks import Evaluated, Evaluation, Task
@@ -114,8 +115,8 @@ class Trainer:
     Args:
         config: the experiment.
         parts: what is trained; changed in place.
-        sampler: of the training set, the one that ``train`` iterates.
-        train: this rank's training batches.
+        sampler: of the training set, the one that ``stepping`` goes by.
+        stepping: where a step's batches come from, and how its gradients become weights.
         task: what is learned: the loss, and how good a prediction is.
         held: what is evaluated after each epoch; schedules and best values go by the first.
         recorder: takes the metrics.
@@ -131,7 +132,7 @@ class Trainer:
         parts: Parts,
         *,
         sampler: ShardedSampler,
-        train: DataLoader[Batch],
+        stepping: Stepping,
         task: Task,
         held: Sequence[Held],
         recorder: Recorder,
@@ -141,7 +142,7 @@ class Trainer:
         pulse: Pulse,
     ) -> None:
         self._config, self._parts, self._sampler = config, parts, sampler
-        self._train, self._task, self._held = train, task, held
+        self._stepping, self._task, self._held = stepping, task, held
         self._recorder, self._checkpoints, self._stop_request = recorder, checkpoints, stop_request
         self.progress, self._pulse = progress, pulse
         self._saved_step = progress.step
@@ -164,14 +165,13 @@ class Trainer:
     def _run_epoch(self) -> bool:
         """Trains to the end of the epoch; returns whether a stop request came."""
         epoch, first = divmod(self.progress.step, self._sampler.steps_per_epoch)
-        self._sampler.start_at(epoch, first)
-        batches = iter(self._train)
+        self._stepping.start(epoch, first)
         self._parts.trained.train()
         if first == 0:
             carried.reset(self._parts.model)
         for position in range(first, self._sampler.steps_per_epoch):
             started = time.perf_counter()
-            is_stopped = self._step(batches, position)
+            is_stopped = self._step(position)
             devices.wait_for(self._parts.device)
             self.progress.train_s += time.perf_counter() - started
             self._after_step(is_end_of_epoch=position + 1 == self._sampler.steps_per_epoch)
@@ -179,38 +179,50 @@ class Trainer:
                 return True
         return False
 
-    def _step(self, batches: Iterator[Batch], position: int) -> bool:
+    def _step(self, position: int) -> bool:
         """Does one optimizer step; returns whether a stop request was seen."""
         parts, scales = self._parts, self._scales(position)
-        for optimizer in parts.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
         count = self._sampler.micro_batches_in(position)
         if parts.preconditioner is not None:
             parts.preconditioner.begin_step(scales.sample, count)
+        sums = self._pass(self._stepping.batches(position), count, scales.divisor)
+        own_loss = sums[0] / scales.divisor
+        self._pulse.at("reduce")
+        sums[2] = self._sees_stop_request()
+        loss, score, stops = dist.all_reduce_sum(sums).tolist()
+        targets = self._sampler.targets_in(position)
+        if not (math.isfinite(loss) or self._stepping.can_recover):
+            raise NotFiniteError(
+                f"loss is {loss / targets} at step {self.progress.step + 1}; {self._advice()}"
+            )
+        self._pulse.at("update")
+        self.progress.samples += self._sampler.sizes[position] + self._update(scales.sample, own_loss)
+        self.progress.step += 1
+        self._pulse.at("between steps", self.progress.step)
+        self.progress.row.add(loss, score, targets)
+        self.progress.epoch.add(loss, score, targets)
+        return bool(stops > 0)
+
+    def _pass(self, batches: Iterator[Batch], count: int, divisor: int) -> Tensor:
+        """Leaves the averaged gradient of micro-batches; returns sums of loss and score, and a zero."""
+        parts = self._parts
+        for optimizer in parts.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
         for index in range(count):
             self._pulse.at("data")
             with self._stopwatch.phase("data"):
                 batch = self._to_device(next(batches))
             self._pulse.at("compute")
             with parts.strategy.micro_batch(is_last=index + 1 == count):
-                sums[:2] += self._micro_batch(batch, scales.divisor)
-        self._pulse.at("reduce")
-        sums[2] = self._sees_stop_request()
-        loss, score, stops = dist.all_reduce_sum(sums).tolist()
-        targets = self._sampler.targets_in(position)
-        if not math.isfinite(loss):
-            raise NotFiniteError(
-                f"loss is {loss / targets} at step {self.progress.step + 1}; {self._advice()}"
-            )
+                sums[:2] += self._micro_batch(batch, divisor)
+        return sums
+
+    def _pass_again(self, batches: Iterator[Batch], count: int, size: int) -> Tensor:
+        """Does a pass in the midst of an update; returns this rank's part of the mean loss."""
+        loss = self._pass(batches, count, size)[0] / size
         self._pulse.at("update")
-        self._update(scales.sample)
-        self.progress.step += 1
-        self._pulse.at("between steps", self.progress.step)
-        self.progress.samples += self._sampler.sizes[position]
-        self.progress.row.add(loss, score, targets)
-        self.progress.epoch.add(loss, score, targets)
-        return bool(stops > 0)
+        return loss
 
     def _scales(self, position: int) -> _Scales:
         """Returns how the losses of a step are averaged."""
@@ -235,11 +247,12 @@ class Trainer:
             scaled.backward()  # type: ignore[no-untyped-call]
         return torch.stack([loss.detach().double(), self._task.score(outputs.detach(), targets)])
 
-    def _update(self, sample_scale: float) -> None:
-        """Turns gradients into new weights: unscale, clip, precondition, update.
+    def _update(self, sample_scale: float, own_loss: Tensor) -> int:
+        """Turns gradients into weights: unscale, clip, precondition, update; returns samples used again.
 
         Args:
             sample_scale: see `hpcsngd.optim.Preconditioner.step`.
+            own_loss: this rank's part of the mean loss.
         """
         parts, step = self._parts, self.progress.step + 1
         with self._stopwatch.phase("update"):
@@ -259,10 +272,9 @@ class Trainer:
             if before is not None:
                 self._recorder.quantify(step, quantify(before, flat_gradients(parts.model)))
         with self._stopwatch.phase("update"):
-            for optimizer in parts.optimizers:
-                parts.scaler.step(optimizer)
-            parts.scaler.update()
+            used = self._stepping.update(own_loss, self._pass_again)
         self._record_step(step)
+        return used
 
     def _before_measuring(self, step: int) -> Tensor | None:
         """Returns the gradients if what is done to them is to be measured in this step; rank 0 does."""
@@ -278,6 +290,7 @@ class Trainer:
             seconds |= {phase.phase: phase.seconds for phase in record.phases}
             self._recorder.preconditioner(step, record)
         self._recorder.phases(step, seconds, refresh=refresh)
+        self._stepping.record(self._recorder, step)
 
     def _after_step(self, *, is_end_of_epoch: bool) -> None:
         progress, rule = self.progress, self._config.checkpoint

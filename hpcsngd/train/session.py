@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from hpcsngd import dist, rundir
+from hpcsngd.config import experiment as schema
 from hpcsngd.config import resolve
 from hpcsngd.config.experiment import Experiment
+from hpcsngd.optim.lbfgs import LBFGS
 from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
 from hpcsngd.train import carried, data, devices, models, optimizers, seeds, tasks
@@ -25,12 +27,14 @@ from hpcsngd.train.loop import Held, Parts, Trainer
 from hpcsngd.train.metrics import Progress, Recorder
 from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler, StreamSampler
+from hpcsngd.train.stepping import ClosureStepping, GradientStepping, Stepping
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import STRATEGIES
 
 log = logging.getLogger(__name__)
 
 _REHEARSAL_BATCH = 2
+_OVERLAP = 0.25
 
 
 def train(
@@ -59,17 +63,7 @@ def train(
         devices.use_deterministic_operations()
     splits = _laid_out(data.load(config.data, resolved.site.data_root, seed=config.seed), config)
     parts = _build_parts(run, config, splits, device)
-    sampler = ShardedSampler(
-        len(splits.train),
-        config.batch_size,
-        accumulate=config.accumulate,
-        rank=dist.rank(),
-        ranks=dist.world_size(),
-        seed=config.seed,
-        blocks=splits.train.blocks,
-        targets=splits.train.targets,
-        shuffled=not splits.train.streams,
-    )
+    sampler = _sampler(config, splits.train)
     checkpoints = Checkpoints(run.checkpoints_dir, config.checkpoint.keep)
     progress = _resume(checkpoints, config, parts, sampler)
     recorder = Recorder(
@@ -86,12 +80,7 @@ def train(
             config,
             parts,
             sampler=sampler,
-            train=data.loader(
-                splits.train,
-                data.EpochSampler(sampler),
-                workers=config.data.workers,
-                pin=device.type == "cuda",
-            ),
+            stepping=_stepping(config, splits.train, sampler, parts),
             task=held[0].task,
             held=held,
             recorder=recorder,
@@ -226,6 +215,35 @@ def _check_fits(loaded: Loaded, sampler: ShardedSampler) -> None:
             f"batch of {before[0]} ({before[1]} steps per epoch); {dist.world_size()} ranks now make "
             f"{now[0]} ({now[1]} steps): start as many ranks as before"
         )
+
+
+def _sampler(config: Experiment, samples: data.Samples) -> ShardedSampler:
+    lbfgs = config.optimizer if isinstance(config.optimizer, schema.LBFGS) else None
+    overlaps = lbfgs is not None and lbfgs.batches == "overlap"
+    return ShardedSampler(
+        len(samples),
+        config.batch_size,
+        accumulate=None if config.strategy == "full_batch" else config.accumulate,
+        rank=dist.rank(),
+        ranks=dist.world_size(),
+        seed=config.seed,
+        blocks=samples.blocks,
+        by_block=lbfgs is not None and lbfgs.batches == "file",
+        overlap=(lbfgs.overlap or _OVERLAP) if lbfgs is not None and overlaps else 0.0,
+        targets=samples.targets,
+        shuffled=not samples.streams,
+    )
+
+
+def _stepping(config: Experiment, samples: data.Samples, sampler: ShardedSampler, parts: Parts) -> Stepping:
+    workers, pin = config.data.workers, parts.device.type == "cuda"
+    first = parts.optimizers[0]
+    if isinstance(first, LBFGS):
+        return ClosureStepping(
+            first, parts.model, samples, sampler, seed=config.seed, workers=workers, pin=pin
+        )
+    train = data.loader(samples, data.EpochSampler(sampler), workers=workers, pin=pin)
+    return GradientStepping(train, sampler, parts.optimizers, parts.scaler)
 
 
 def _held(config: Experiment, splits: data.Splits, device: torch.device) -> list[Held]:

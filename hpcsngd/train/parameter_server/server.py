@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.25
 """How often the server looks for stop requests and lost workers."""
 LEAVE_S = 20.0
-"""How long workers have to take their leave at the end."""
+"""How long workers have to take their leave after a failure."""
 
 
 @dataclass
@@ -245,15 +245,15 @@ class Server:
             is_finished = self._legs()
         except BaseException as error:
             self._engine.fail(error)
-            self._await_leave()
+            self._await_leave(time.monotonic() + LEAVE_S)
             raise
         self._ending = Ending(is_finished)
         return is_finished
 
     def dismiss(self) -> None:
-        """Sends the workers home and waits until they have left."""
+        """Sends the workers home and waits until they have left, or are lost."""
         self._engine.end()
-        self._await_leave()
+        self._await_leave(math.inf)
 
     @property
     def lost(self) -> list[str]:
@@ -366,9 +366,8 @@ class Server:
         self._saved_step = step
         self._pulse.saved(time.monotonic() - started)
 
-    def _await_leave(self) -> None:
-        """Waits until every worker that is there has left, for a while."""
-        deadline = time.monotonic() + LEAVE_S
+    def _await_leave(self, deadline: float) -> None:
+        """Waits until every worker has left or is lost, or for a reading of ``time.monotonic``."""
         while set(self._workers) - self._gone and time.monotonic() < deadline:
             self._mind_workers()
             time.sleep(0.02)

@@ -278,8 +278,7 @@ def _work(job: Job, rank: int) -> bool:
     try:
         return build_worker(job, rank, link).run()
     except ServerFailedError:
-        with contextlib.suppress(ServerFailedError):
-            link.leave()
+        link.leave()
         raise
     except DismissedError:
         raise
