@@ -170,7 +170,7 @@ def test_other_encoders_learn_and_every_sample_has_its_own_positions(
         loss.backward()
         kfac.step()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.3
     assert set(seen) == {torch.Size([6, LENGTH, 16])}
 
