@@ -718,6 +718,9 @@ class Experiment(Strict):
     """Micro-batches per optimizer step."""
     epochs: int = Field(ge=1)
     """Passes over the training set."""
+    train_limit_s: float | None = Field(default=None, gt=0)
+    """Seconds of training (train_s) after which a run ends with an evaluation, to compare at equal time; null:
+    all epochs, which are equal samples for every strategy."""
     optimizer: Optimizer
     """The base optimizer."""
     preconditioner: Preconditioner | None = None
