@@ -221,7 +221,45 @@ class Muon(_Optimizer):
     """Peak learning rate of the parameters that are not matrices."""
 
 
-Optimizer = Annotated[SGD | Adam | Muon, Field(discriminator="name")]
+class LBFGS(_Optimizer):
+    """hpcsngd.optim.LBFGS: quasi-Newton steps; the loss is evaluated several times per step."""
+
+    name: Literal["lbfgs"]
+    lr: ScaledFloat = 1.0
+    """First step that a line search tries, or the only one without; smaller before there is curvature."""
+    history: int = Field(default=10, ge=1)
+    """Curvature pairs kept."""
+    iterations: int = Field(default=1, ge=1)
+    """Iterations per step, all on the step's batch."""
+    line_search: Literal["strong_wolfe", "none"] = "strong_wolfe"
+    """Strong Wolfe conditions on the loss of all ranks, or steps of `lr`."""
+    c1: float = Field(default=1e-4, gt=0, lt=1)
+    """Share of the promised decrease that a line search wants; below `c2`."""
+    c2: float = Field(default=0.9, gt=0, lt=1)
+    """Largest share of the slope that it leaves."""
+    max_evaluations: int = Field(default=25, ge=1)
+    """Evaluations per line search."""
+    tolerance: float = Field(default=0.0, ge=0)
+    """No further iteration in a step once no entry of the gradient is larger."""
+    eps: float = Field(default=1e-10, ge=0)
+    """A pair of step s and change of gradient y is skipped unless y's > eps |s| |y|."""
+    powell: float = Field(default=0.0, ge=0, lt=1)
+    """Powell's damping of pairs; 0: none."""
+    batches: Literal["step", "overlap", "file"] = "step"
+    """Where curvature comes from: the step's batch, its overlap with the next one, or a file at each step."""
+    overlap: float | None = Field(default=None, gt=0, le=1)
+    """Share of a step's own samples that the next step has too; default with batches overlap: 0.25."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LBFGS:
+        if self.c1 >= self.c2:
+            raise ValueError("c1 must be below c2")
+        if self.overlap is not None and self.batches != "overlap":
+            raise ValueError(f"overlap belongs to batches overlap, not {self.batches}")
+        return self
+
+
+Optimizer = Annotated[SGD | Adam | Muon | LBFGS, Field(discriminator="name")]
 
 
 class DampingDecay(Strict):
@@ -702,8 +740,9 @@ class Experiment(Strict):
     """Headline results that this experiment should be held against."""
     task: Literal["classification", "segmentation"] = "classification"
     """What is learned: a class for each image, or a mask."""
-    strategy: Literal["ddp", "parameter_server"] = "ddp"
-    """How ranks work together: all alike, or one server and workers."""
+    strategy: Literal["ddp", "full_batch", "parameter_server"] = "ddp"
+    """How ranks work together: all alike on a batch per step, or on the whole training set; or one server and
+    workers."""
     parameter_server: ParameterServer | None = None
     """Of strategy parameter_server only; null: its defaults."""
     model: Model
@@ -750,6 +789,14 @@ class Experiment(Strict):
     axis whose keys change together."""
 
     @model_validator(mode="after")
+    def _steps_fit(self) -> Experiment:
+        if self.strategy == "full_batch" and self.accumulate != 1:
+            raise ValueError("strategy full_batch takes as many micro-batches as there are: no accumulate")
+        if isinstance(self.optimizer, LBFGS):
+            _check_lbfgs(self, self.optimizer)
+        return self
+
+    @model_validator(mode="after")
     def _task_fits(self) -> Experiment:
         is_segmentation = self.task == "segmentation"
         if is_segmentation != (DATASETS[self.data.name].task == "segmentation"):
@@ -782,3 +829,30 @@ class Experiment(Strict):
         ):
             raise ValueError(f"partition by labels: not for task {self.task}")
         return self
+
+
+def _check_lbfgs(experiment: Experiment, optimizer: LBFGS) -> None:
+    """Refuses what a quasi-Newton method cannot be combined with.
+
+    Raises:
+        ValueError: all of it.
+    """
+    by_file = optimizer.batches == "file"
+    rules = {
+        "preconditioner: it has curvature of its own": experiment.preconditioner is not None,
+        "clip_norm: a clipped gradient is not that of the loss": experiment.clip_norm is not None,
+        f"precision {experiment.precision}: it needs fp32": experiment.precision != "fp32",
+        "schedule.warmup_start 0: a first step of 0 leads nowhere": experiment.schedule.warmup_epochs > 0
+        and not experiment.schedule.warmup_start,
+        "strategy parameter_server: all ranks must take the same step": experiment.strategy
+        == "parameter_server",
+        f"batches {optimizer.batches} with strategy full_batch": experiment.strategy == "full_batch"
+        and optimizer.batches != "step",
+        f"batches file: data set {experiment.data.name} does not come in several files": by_file
+        and not DATASETS[experiment.data.name].has_parts,
+        "batches file with accumulate: a file has as many micro-batches as it takes": by_file
+        and experiment.accumulate != 1,
+    }
+    wrong = [text for text, applies in rules.items() if applies]
+    if wrong:
+        raise ValueError(f"optimizer lbfgs cannot be combined with {'; nor with '.join(wrong)}")

@@ -19,7 +19,7 @@ ORIGIN = "--smoke"
 EPOCHS = 2
 RANKS = 2
 SAMPLES = {"train_limit": 32, "test_limit": 16}
-"""Two steps of the two ranks, and one evaluation."""
+"""Two steps of the two ranks, and one evaluation; all there are where a step is a file."""
 
 _BATCH = 8
 _PIXELS = 32
@@ -69,6 +69,7 @@ def overrides(experiment: Experiment, data_root: str) -> list[Override]:
         "resources.walltime": "30m",
         **_model(experiment.model.name),
         **dict(_data(experiment.data, data_root)),
+        **({"data.train_limit": None} if getattr(experiment.optimizer, "batches", "") == "file" else {}),
         **dict(_optimizer(experiment)),
         **dict(_schedule(experiment)),
         **dict(_preconditioner(experiment)),

@@ -12,6 +12,7 @@ from torch import Tensor
 from hpcsngd import dist, rundir
 from hpcsngd.config.experiment import Diagnostics
 from hpcsngd.optim import StepRecord
+from hpcsngd.optim.lbfgs import Counts
 from hpcsngd.optim.quantify import Quantify
 from hpcsngd.rundir import CsvWriter, RunDir
 from hpcsngd.tables import TABLES
@@ -187,6 +188,10 @@ class Recorder:
         """Writes a row of quantify.csv."""
         self._put("quantify", **self._place(step), **asdict(measured))
 
+    def lbfgs(self, step: int, objective: float, counts: Counts) -> None:
+        """Writes a row of lbfgs.csv."""
+        self._put("lbfgs", **self._place(step), objective=objective, **asdict(counts))
+
     def staleness(self, step: int, parts: Sequence[Part]) -> None:
         """Writes rows of staleness.csv: the pushes in one update of a parameter server."""
         for part in parts:
@@ -283,7 +288,7 @@ class Recorder:
 
 
 def _tables(diagnostics: Diagnostics) -> list[str]:
-    wanted = ["train", "eval", "dice", "confusion", "switches", "quantify", "staleness"]
+    wanted = ["train", "eval", "dice", "confusion", "switches", "quantify", "staleness", "lbfgs"]
     if diagnostics.profiling:
         wanted += ["profiling", "communication", "memory"]
     if diagnostics.rank_analysis:

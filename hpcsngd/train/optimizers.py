@@ -13,6 +13,7 @@ from hpcsngd import optim
 from hpcsngd.config import experiment as schema
 from hpcsngd.config.fields import Strict
 from hpcsngd.optim.covering import matching_modules
+from hpcsngd.optim.lbfgs import LBFGS, LineSearch
 from hpcsngd.train import seeds
 from hpcsngd.train.faults import SettingError
 
@@ -86,6 +87,41 @@ def muon(
     return built
 
 
+def lbfgs(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    no_decay: Sequence[str],
+    history: int,
+    iterations: int,
+    line_search: LineSearch,
+    c1: float,
+    c2: float,
+    max_evaluations: int,
+    tolerance: float,
+    eps: float,
+    powell: float,
+) -> list[Optimizer]:
+    """Returns our L-BFGS for all parameters, for gradients that strategies have reduced already."""
+    return [
+        LBFGS(
+            parameter_groups(model, weight_decay, no_decay),
+            lr,
+            history=history,
+            iterations=iterations,
+            line_search=line_search,
+            c1=c1,
+            c2=c2,
+            max_evaluations=max_evaluations,
+            tolerance=tolerance,
+            eps=eps,
+            powell=powell,
+            gradients_reduced=True,
+        )
+    ]
+
+
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,
@@ -125,7 +161,12 @@ OPTIMIZERS: dict[str, Callable[..., list[Optimizer]]] = {
     "adam": adam,
     "adamw": adamw,
     "muon": muon,
+    "lbfgs": lbfgs,
 }
+
+
+#: Fields of an optimizer that say what its steps are made of: for the sampler.
+STEP_FIELDS = {"batches", "overlap"}
 
 
 def build_optimizers(model: nn.Module, config: schema.Optimizer) -> list[Optimizer]:
@@ -133,7 +174,8 @@ def build_optimizers(model: nn.Module, config: schema.Optimizer) -> list[Optimiz
 
     Each parameter group remembers its peak learning rate as ``initial_lr``.
     """
-    built = OPTIMIZERS[config.name](model, **_fields(config))
+    fields = {name: value for name, value in _fields(config).items() if name not in STEP_FIELDS}
+    built = OPTIMIZERS[config.name](model, **fields)
     for optimizer in built:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
