@@ -758,8 +758,8 @@ class Experiment(Strict):
     epochs: int = Field(ge=1)
     """Passes over the training set."""
     train_limit_s: float | None = Field(default=None, gt=0)
-    """Seconds of training (train_s) after which a run ends with an evaluation, to compare at equal time; null:
-    all epochs, which are equal samples for every strategy."""
+    """Seconds of training (train_s) after which a run ends with an evaluation, for comparisons at equal time;
+    null: all epochs, which are equal samples for every strategy."""
     optimizer: Optimizer
     """The base optimizer."""
     preconditioner: Preconditioner | None = None
@@ -818,15 +818,14 @@ class Experiment(Strict):
         given = {
             "preconditioner (the server has no samples, only gradients)": self.preconditioner is not None,
             "precision: fp16 (a scaled loss needs all ranks in step)": self.precision == "fp16",
+            "optimizer: lbfgs (it evaluates the loss several times per step)": self.optimizer.name == "lbfgs",
             "data.workers (workers load their samples themselves)": self.data.workers > 0,
             "diagnostics.profiling": self.diagnostics.profiling,
         }
         if wrong := [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"{'; '.join(wrong)}: not for strategy parameter_server")
-        if (
-            self.task != "classification"
-            and "labels" in (self.parameter_server or ParameterServer()).partition
-        ):
+        settings = self.parameter_server or ParameterServer()
+        if self.task != "classification" and "labels" in settings.partition:
             raise ValueError(f"partition by labels: not for task {self.task}")
         return self
 

@@ -129,12 +129,14 @@ class Built:
         recorder: that it writes with.
         served: what is trained.
         evaluated: which data evaluations use.
+        steps_per_epoch: updates per epoch.
     """
 
     server: Server
     recorder: Recorder
     served: Served
     evaluated: str
+    steps_per_epoch: int
 
 
 def build_server(job: Job, stop_request: StopRequest) -> Built:
@@ -198,7 +200,7 @@ def build_server(job: Job, stop_request: StopRequest) -> Built:
         may_hold=logged is None,
         lost_after_s=settings.lost_after_s,
     )
-    return Built(server, recorder, served, splits.evaluated)
+    return Built(server, recorder, served, splits.evaluated, size)
 
 
 def build_worker(job: Job, number: int, link: Link) -> Worker:
@@ -255,7 +257,9 @@ def serve(job: Job, built: Built) -> bool:
         wall = {"wall_s": recorder.wall_s}
         if is_finished:
             lost = {"lost_workers": server.lost} if server.lost else {}
-            facts = session.result(job.config, server.progress, built.served.model, built.evaluated)
+            facts = session.result(
+                job.config, server.progress, built.served.model, built.evaluated, built.steps_per_epoch
+            )
             rundir.write_yaml(files.finished_yaml, {**facts, **wall, **lost})
         else:
             rundir.write_yaml(files.stopped_yaml, {"step": server.progress.step, **wall})
