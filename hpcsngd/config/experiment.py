@@ -818,7 +818,6 @@ class Experiment(Strict):
         given = {
             "preconditioner (the server has no samples, only gradients)": self.preconditioner is not None,
             "precision: fp16 (a scaled loss needs all ranks in step)": self.precision == "fp16",
-            "optimizer: lbfgs (it evaluates the loss several times per step)": self.optimizer.name == "lbfgs",
             "data.workers (workers load their samples themselves)": self.data.workers > 0,
             "diagnostics.profiling": self.diagnostics.profiling,
         }

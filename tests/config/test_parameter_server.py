@@ -32,7 +32,7 @@ def test_keys_and_defaults() -> None:
         ({"precision": "fp16"}, "precision: fp16 .* not for strategy"),
         ({"data__workers": 2}, "data.workers .* not for strategy"),
         ({"diagnostics__profiling": "true"}, "diagnostics.profiling: not for strategy"),
-        ({"optimizer__name": "lbfgs"}, "optimizer: lbfgs .* not for strategy"),
+        ({"optimizer__name": "lbfgs"}, "optimizer lbfgs cannot be combined with strategy parameter_server"),
         (
             {"parameter_server": "{mode: sync, compensation: {strength: 1}, shares: equal, replay: x}"},
             "compensation, replay, shares: equal: not in mode sync",
