@@ -84,7 +84,7 @@ _ALL = (
                 "samples",
                 "training samples computed on so far, all ranks: one counts for each time it was evaluated",
             ),
-            Column("loss", "float", "", "mean over the samples since the previous row, all ranks"),
+            Column("loss", "float", "", "mean over the targets since the previous row, all ranks"),
             Column("accuracy", "float", "", "share of correct predictions since the previous row"),
             Column("lr", "float", "", "learning rate of the last step"),
             *_CLOCKS,
@@ -98,9 +98,9 @@ _ALL = (
             _ATTEMPT,
             _EPOCH,
             _STEP,
-            Column("split", "str", "", "which data: test or validation"),
-            Column("count", "int", "samples", "samples evaluated, each once"),
-            Column("loss", "float", "", "mean over the split"),
+            Column("split", "str", "", "which data: test, validation, or a further set's name"),
+            Column("count", "int", "targets", "targets evaluated, each once: samples, or tokens of a text"),
+            Column("loss", "float", "", "mean over the targets of the split"),
             Column(
                 "accuracy", "float", "", "share of correct predictions; for masks the patients' mean Dice"
             ),
@@ -108,6 +108,19 @@ _ALL = (
             *_CLOCKS,
         ),
         doc="Evaluation, after each epoch.",
+    ),
+    Table(
+        "scores",
+        ("step", "split", "metric"),
+        (
+            _ATTEMPT,
+            _EPOCH,
+            _STEP,
+            Column("split", "str", "", "which data: test, validation, or a further set's name"),
+            Column("metric", "str", "", "perplexity, bleu, ..."),
+            Column("value", "float", "", "of the whole split; larger is better, except for perplexity"),
+        ),
+        doc="What else an evaluation says of the model, after each epoch; with tasks on text.",
     ),
     Table(
         "dice",

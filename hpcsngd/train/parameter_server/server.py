@@ -116,6 +116,7 @@ class Updates:
             self._progress.step,
             steps_per_epoch=self._steps_per_epoch,
             epochs=config.epochs,
+            plateaus=self._progress.plateaus,
         )
         optimizers.set_multiplier(self._served.optimizers, factor)
 
@@ -161,6 +162,7 @@ class Server:
         workers: their numbers.
         steps_per_epoch: updates per epoch.
         evaluate: evaluates the model.
+        split: what it is evaluated on, as eval.csv names it.
         recorder: takes the metrics.
         checkpoints: takes the state.
         stop_request: says when the run should checkpoint and leave.
@@ -182,6 +184,7 @@ class Server:
         workers: Sequence[int],
         steps_per_epoch: int,
         evaluate: Callable[[], Evaluated],
+        split: str,
         recorder: Recorder,
         checkpoints: Checkpoints,
         stop_request: StopRequest,
@@ -194,7 +197,8 @@ class Server:
     ) -> None:
         self._config, self._served, self._engine, self._updates = config, served, engine, updates
         self._workers, self._steps_per_epoch = list(workers), steps_per_epoch
-        self._evaluate_model, self._recorder, self._checkpoints = evaluate, recorder, checkpoints
+        self._evaluate_model, self._split = evaluate, split
+        self._recorder, self._checkpoints = recorder, checkpoints
         self._stop_request, self._find_lost = stop_request, find_lost
         self.progress, self._position, self._pulse = progress, position, pulse
         self._may_hold, self._lost_after_s = may_hold, lost_after_s
@@ -337,12 +341,12 @@ class Server:
     def _evaluate(self) -> None:
         progress, started = self.progress, time.perf_counter()
         evaluated = self._evaluate_model()
-        progress.test = evaluated.sums
-        progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
-        self._recorder.evaluation(progress, time.perf_counter() - started)
+        progress.take_test(evaluated.sums)
+        seconds = time.perf_counter() - started
+        self._recorder.evaluation(progress, self._split, evaluated.sums, evaluated.scores, seconds)
         self._recorder.dice(progress.step, evaluated.patients)
         if self._is_complete and evaluated.confusion is not None:
-            self._recorder.confusion(progress.step, evaluated.confusion)
+            self._recorder.confusion(progress.step, self._split, evaluated.confusion)
         log.info(
             "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; %.1f s trained",
             progress.step // self._steps_per_epoch,

@@ -31,7 +31,7 @@ from hpcsngd.train.parameter_server.server import Position, Served, Server, Upda
 from hpcsngd.train.parameter_server.work import Ledger, caps
 from hpcsngd.train.parameter_server.worker import Orders, Worker
 from hpcsngd.train.pulse import Pulse
-from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler
+from hpcsngd.train.sampler import ShardedSampler
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.tasks import Evaluated
 
@@ -180,7 +180,6 @@ def build_server(job: Job, stop_request: StopRequest) -> Built:
         steps_per_epoch=size,
         started=job.started,
         first_step=progress.step,
-        evaluated=splits.evaluated,
     )
     server = Server(
         config,
@@ -190,6 +189,7 @@ def build_server(job: Job, stop_request: StopRequest) -> Built:
         workers=numbers,
         steps_per_epoch=size,
         evaluate=_evaluator(job, splits, model),
+        split=splits.evaluated,
         recorder=recorder,
         checkpoints=checkpoints,
         stop_request=stop_request,
@@ -225,7 +225,7 @@ def build_worker(job: Job, number: int, link: Link) -> Worker:
         session.build_model(config, splits, job.device),
         samples=splits.train,
         orders=Orders(_common_order(job, splits), config.seed, number, own),
-        task=tasks.build(config, splits.num_classes, splits.test.groups),
+        task=tasks.build(config, splits.num_classes, splits.test),
         link=link,
         device=job.device,
         delay=delay_model(settings.delay),
@@ -368,10 +368,8 @@ def _check_fits(common: Mapping[str, object], order: ShardedSampler, workers: li
 
 def _evaluator(job: Job, splits: data.Splits, model: nn.Module) -> Callable[[], Evaluated]:
     config = job.config
-    task = tasks.build(config, splits.num_classes, splits.test.groups)
-    size, groups = config.eval_batch_size or config.batch_size, list(splits.test.groups.values())
-    sampler = EvaluationSampler(len(splits.test), size, groups=groups)
-    batches = data.loader(splits.test, sampler, workers=0, pin=job.device.type == "cuda")
+    task = tasks.build(config, splits.num_classes, splits.test)
+    batches = session.evaluation_batches(splits.test, config, job.device, workers=0)
 
     def evaluate() -> Evaluated:
         return loop.evaluate(
