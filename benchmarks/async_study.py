@@ -44,8 +44,8 @@ class Study(Strict):
 
     every: dict[str, Any]
     """Keys set in every cell."""
-    studies: dict[str, str]
-    """Experiment with a matrix -> the cell that its others are compared with."""
+    studies: dict[str, list[str]]
+    """Experiment with a matrix -> the cells that its others are compared with, a table for each."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,11 @@ def outcomes(wanted: Sequence[Row], folder: Path) -> pd.DataFrame:
     )
 
 
-def render(results: pd.DataFrame, baselines: Mapping[str, str]) -> str:
-    """Returns a table per matrix: each cell, and its difference to the baseline on the same seeds."""
+def render(results: pd.DataFrame, baselines: Mapping[str, Sequence[str]]) -> str:
+    """Returns a table per baseline: each cell, and its difference to the baseline on the same seeds."""
     blocks = []
-    for study, baseline in baselines.items():
+    pairs = [(study, baseline) for study, several in baselines.items() for baseline in several]
+    for study, baseline in pairs:
         part = results[results["study"] == study]
         if baseline not in set(part["cell"]):
             continue
