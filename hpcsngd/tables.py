@@ -289,7 +289,12 @@ _ALL = (
             Column("q75", "float", "", "upper quartile of |u_i / g_i|"),
             Column("cosine", "float", "", "cosine of the angle between u and g"),
             Column("angle_deg", "float", "degrees", "that angle: the rotation"),
-            Column("entries", "int", "", "entries that the quartiles were taken over"),
+            Column(
+                "entries",
+                "int",
+                "",
+                "entries that the quartiles were taken over: all, or evenly spaced ones of more than 262,144",
+            ),
         ),
         doc="How much is preconditioned; with diagnostics.quantify_every.",
     ),

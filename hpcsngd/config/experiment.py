@@ -217,7 +217,7 @@ class _Optimizer(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay as torch's optimizer of that name means it: coupled for sgd and adam, else decoupled."""
     no_decay: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class (BatchNorm2d), whose parameters do not decay."""
+    """What does not decay: modules by class (BatchNorm2d) or regular expression, or parameters (bias$)."""
 
 
 class SGD(_Optimizer):
@@ -230,6 +230,8 @@ class SGD(_Optimizer):
     """Dampening of the momentum."""
     nesterov: bool = False
     """Nesterov's form."""
+    decoupled: bool = False
+    """Multiply the weights by 1 - lr * weight_decay, past preconditioner and momentum (SGDW)."""
 
 
 class Adam(_Optimizer):
@@ -482,7 +484,30 @@ class KFAC(Strict):
         return self
 
 
-class MFAC(Strict):
+class _Windowed(Strict):
+    """What M-FAC and GGT share: sparse storage, and what is done with the result."""
+
+    density: float = Field(default=0.01, gt=0, le=1)
+    """Share of the entries that sparse storage keeps."""
+    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
+    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
+    scope: Literal["block", "layer", "global"] = "block"
+    """Where entries compete for being kept."""
+    block_size: int = Field(default=32_768, ge=1)
+    """Entries of a block; at most 32,768 with 16-bit positions."""
+    feedback: bool = True
+    """Add what was not kept to the next gradient."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Coupled weight decay, preconditioned with the gradient; optimizer.weight_decay comes on top."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the preconditioned gradient; null: none."""
+    clip_value: float | None = Field(default=None, gt=0)
+    """Largest entry of the preconditioned gradient; null: none."""
+    skip: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class, that train with their plain gradient."""
+
+
+class MFAC(_Windowed):
     """hpcsngd.optim.MFAC."""
 
     name: Literal["mfac"]
@@ -494,16 +519,6 @@ class MFAC(Strict):
     """Gradients in full, their largest entries, or factors; the rest is fed back."""
     scale_rule: Literal["window", "count"] = "window"
     """Divide the sum of outer products by the window's length, or by the gradients in it."""
-    density: float = Field(default=0.01, gt=0, le=1)
-    """Share of the entries that sparse storage keeps."""
-    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
-    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
-    scope: Literal["block", "layer", "global"] = "block"
-    """Where entries compete for being kept."""
-    block_size: int = Field(default=32_768, ge=1)
-    """Entries of a block; at most 32,768 with 16-bit positions."""
-    feedback: bool = True
-    """Add what was not kept to the next gradient."""
     low_rank: int = Field(default=1, ge=1)
     """Rank of lowrank storage."""
     target: Literal["sent", "gradient"] = "sent"
@@ -512,17 +527,9 @@ class MFAC(Strict):
     """What fills the zeros of the result while a sparse window fills."""
     feedback_scale: float = Field(default=1.0, gt=0)
     """Factor of a gradient as it enters the error."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Coupled weight decay: preconditioned, not stored. optimizer.weight_decay is added afterwards."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the preconditioned gradient; null: none."""
-    clip_value: float | None = Field(default=None, gt=0)
-    """Largest entry of the preconditioned gradient; null: none."""
-    skip: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class, that train with their plain gradient."""
 
 
-class GGT(Strict):
+class GGT(_Windowed):
     """hpcsngd.optim.GGT."""
 
     name: Literal["ggt"]
@@ -536,22 +543,6 @@ class GGT(Strict):
     """Added to the singular values of the window."""
     storage: Literal["dense", "sparse"] = "dense"
     """Gradients in full, or their largest entries; the rest is fed back."""
-    density: float = Field(default=0.01, gt=0, le=1)
-    """Share of the entries that sparse storage keeps."""
-    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
-    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
-    scope: Literal["block", "layer", "global"] = "block"
-    """Where entries compete for being kept."""
-    block_size: int = Field(default=32_768, ge=1)
-    """Entries of a block; at most 32,768 with 16-bit positions."""
-    feedback: bool = True
-    """Add what was not kept to the next gradient."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the preconditioned gradient; null: none."""
-    clip_value: float | None = Field(default=None, gt=0)
-    """Largest entry of the preconditioned gradient; null: none."""
-    skip: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class, that train with their plain gradient."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> GGT:
