@@ -821,6 +821,9 @@ class Experiment(Strict):
     """Micro-batches per optimizer step."""
     epochs: int = Field(ge=1)
     """Passes over the training set."""
+    train_limit_s: float | None = Field(default=None, gt=0)
+    """Seconds of training (train_s) after which a run ends with an evaluation, for comparisons at equal time;
+    null: all epochs, which are equal samples for every strategy."""
     optimizer: Optimizer
     """The base optimizer."""
     preconditioner: Preconditioner | None = None
@@ -908,10 +911,8 @@ class Experiment(Strict):
         }
         if wrong := [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"{'; '.join(wrong)}: not for strategy parameter_server")
-        if (
-            self.task != "classification"
-            and "labels" in (self.parameter_server or ParameterServer()).partition
-        ):
+        settings = self.parameter_server or ParameterServer()
+        if self.task != "classification" and "labels" in settings.partition:
             raise ValueError(f"partition by labels: not for task {self.task}")
         return self
 
