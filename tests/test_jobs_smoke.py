@@ -52,10 +52,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def reported() -> list[tuple[str, list[Path]]]:
+    """Returns the list in which each test leaves its experiment and its runs, for the report on all of them."""
+    return []
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
-def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_path: Path) -> None:
+def test_it_trains_and_resumes_bit_for_bit(
+    name: str, data: Path, tmp_path: Path, reported: list[tuple[str, list[Path]]]
+) -> None:
     resolved = CELLS[name]
     small = smoke.scaled_down(resolved, str(data / resolved.experiment.data.name))
     record = {"config": small.to_record()}
@@ -65,8 +73,7 @@ def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_pa
     for table in ("train", "eval"):
         assert runs.rows(whole, table) == runs.rows(cut, table), table
     assert len(runs.rows(whole, "eval")) == small.experiment.epochs
-    page = write_report([whole.path, cut.path], tmp_path / "report.html").read_text()
-    assert small.exp_name in page
+    reported.append((small.exp_name, [whole.path, cut.path]))
 
 
 def train_whole_and_cut(whole: str, cut: str) -> None:
@@ -77,6 +84,19 @@ def train_whole_and_cut(whole: str, cut: str) -> None:
     assert not runs.train(rundir.open_run(Path(cut)))
     loop.Trainer._sees_stop_request = sees  # type: ignore[method-assign]
     assert runs.train(rundir.open_run(Path(cut)), attempt=2)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_they_are_reported(reported: list[tuple[str, list[Path]]], tmp_path: Path) -> None:
+    """One page for all: to write one for each takes half a second more, and none of them tells more."""
+    if not reported:
+        pytest.skip("no run was selected")
+    runs_of_all = [path for _, paths in reported for path in paths]
+    page = write_report(runs_of_all, tmp_path / "report.html").read_text()
+    for name, paths in reported:
+        assert name in page
+        assert all(path.name in page for path in paths)
 
 
 def test_every_file_has_a_run() -> None:
