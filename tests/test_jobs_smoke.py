@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hpcsngd.train import loop, tinydata
 from hpcsngd_analysis.report import write_report
 from tests.ranks import run_on_ranks
 from tests.train import runs
+from tests.train.parameter_server import runs as served
 
 #: Where a run is cut: in the middle of its second epoch of two steps.
 CUT = 3
@@ -52,51 +54,44 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def reported() -> list[tuple[str, list[Path]]]:
-    """Returns the list in which each test leaves its experiment and its runs, for the report on all of them."""
-    return []
-
-
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
-def test_it_trains_and_resumes_bit_for_bit(
-    name: str, data: Path, tmp_path: Path, reported: list[tuple[str, list[Path]]]
-) -> None:
+def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_path: Path) -> None:
     resolved = CELLS[name]
     small = smoke.scaled_down(resolved, str(data / resolved.experiment.data.name))
     record = {"config": small.to_record()}
     whole, cut = (rundir.create(tmp_path / part, small.exp_name, record) for part in ("whole", "cut"))
-    run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path))
+    if small.experiment.strategy == "parameter_server":
+        serve_whole_and_cut(whole, cut)
+    else:
+        first_stop = 1 if small.experiment.strategy == "full_batch" else CUT  # of two steps, or of four
+        run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path), first_stop)
     runs.assert_same_weights(whole, cut)
-    for table in ("train", "eval"):
+    is_text = DATASETS[small.experiment.data.name].kind == "text"
+    for table in ("train", "eval", *(["scores"] if is_text else [])):
         assert runs.rows(whole, table) == runs.rows(cut, table), table
-    assert len(runs.rows(whole, "eval")) == small.experiment.epochs
-    reported.append((small.exp_name, [whole.path, cut.path]))
+    splits = Counter(row["split"] for row in runs.rows(whole, "eval"))
+    assert set(splits.values()) == {small.experiment.epochs}
+    page = write_report([whole.path, cut.path], tmp_path / "report.html").read_text()
+    assert small.exp_name in page
 
 
-def train_whole_and_cut(whole: str, cut: str) -> None:
+def train_whole_and_cut(whole: str, cut: str, stop: int) -> None:
     """Trains one run to its end, the other with a stop and a resume between; on each rank."""
     assert runs.train(rundir.open_run(Path(whole)))
     sees = loop.Trainer._sees_stop_request
-    loop.Trainer._sees_stop_request = lambda self: self.progress.step + 1 == CUT  # type: ignore[method-assign]
+    loop.Trainer._sees_stop_request = lambda self: self.progress.step + 1 == stop  # type: ignore[method-assign]
     assert not runs.train(rundir.open_run(Path(cut)))
     loop.Trainer._sees_stop_request = sees  # type: ignore[method-assign]
     assert runs.train(rundir.open_run(Path(cut)), attempt=2)
 
 
-@pytest.mark.dist
-@pytest.mark.slow
-def test_they_are_reported(reported: list[tuple[str, list[Path]]], tmp_path: Path) -> None:
-    """One page for all: to write one for each takes half a second more, and none of them tells more."""
-    if not reported:
-        pytest.skip("no run was selected")
-    runs_of_all = [path for _, paths in reported for path in paths]
-    page = write_report(runs_of_all, tmp_path / "report.html").read_text()
-    for name, paths in reported:
-        assert name in page
-        assert all(path.name in page for path in paths)
+def serve_whole_and_cut(whole: rundir.RunDir, cut: rundir.RunDir) -> None:
+    """Does the same with a parameter server and one worker, in this process."""
+    assert served.train(whole)
+    assert not served.train(cut, stop_after=CUT)
+    assert served.train(cut, attempt=2)
 
 
 def test_every_file_has_a_run() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 TORCHVISION_PREFIX = "torchvision/"
 
@@ -16,6 +16,7 @@ MODELS: dict[str, str] = {
     "digits-cnn": "two 3x3 convolutions and two linear layers for 8x8 digits",
     "3c1f": "three 3x3 convolutions of 128 channels, max-pool, linear 500, linear classes (28x28 input)",
     "lenet5": "LeNet-5 with ReLU and max-pooling (28x28 input)",
+    "lenet5-tanh": "LeNet-5 with tanh and average pooling (32x32 or 64x64 input)",
     "cnn1": "two 3x3 convolutions of 32 and 64 channels, linear 128, dropout (28x28 input)",
     "cnn2": "two 3x3 convolutions of 32 and 64 channels, each with a pool, linear 512, dropout (32x32 input)",
     "linear": "one linear layer: logistic regression on pixels or stored features",
@@ -38,6 +39,33 @@ MODELS: dict[str, str] = {
     "unet": "U-Net with batch norm, 32 features, for segmentation",
 }
 
+# the same for networks of text, which are built for a vocabulary
+TEXT_MODELS: dict[str, str] = {
+    "transformer": "encoder-decoder Transformer for translation; by default the base size of its paper",
+    "lstm-lm": "LSTM language model",
+    "gru-lm": "GRU language model",
+    "transformer-lm": "causal Transformer encoder as language model",
+}
+
+# models that are for one task only; the others are for classification
+MODEL_TASKS: dict[str, str] = {
+    "unet": "segmentation",
+    "transformer": "translation",
+    "lstm-lm": "language_modelling",
+    "gru-lm": "language_modelling",
+    "transformer-lm": "language_modelling",
+}
+
+# text model -> the sizes that --smoke gives it
+SMALL_ARGS: dict[str, dict[str, Any]] = {
+    "transformer": {"width": 16, "inner": 32, "heads": 2, "layers": 1},
+    "lstm-lm": {"width": 8, "hidden": 8},
+    "gru-lm": {"width": 8, "hidden": 8},
+    "transformer-lm": {"width": 16, "inner": 16, "heads": 2, "layers": 1},
+}
+
+Task = Literal["classification", "segmentation", "translation", "language_modelling"]
+
 
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -52,8 +80,10 @@ class DatasetFacts:
         system_paths: absolute places where a package manager puts the data.
         get: how a person gets the data.
         task: what can be learned from it.
+        kind: what its samples are.
         evaluated: which part is evaluated: a ``test`` set, or a ``validation`` set.
         resizes: whether ``data.size`` may be chosen.
+        has_parts: whether the training set comes in several files, of which one is in memory at a time.
     """
 
     description: str
@@ -63,9 +93,11 @@ class DatasetFacts:
     files: tuple[str, ...] = ()
     system_paths: tuple[str, ...] = ()
     get: str = ""
-    task: Literal["classification", "segmentation"] = "classification"
+    task: Task = "classification"
+    kind: Literal["images", "text"] = "images"
     evaluated: Literal["test", "validation"] = "test"
     resizes: bool = False
+    has_parts: bool = False
 
     def absent(self, exists: Callable[[str], bool]) -> list[str]:
         """Returns which of `files` are missing from a folder.
@@ -124,6 +156,23 @@ def _small_imagenet(size: int) -> DatasetFacts:
         get=f"unpack image-net.org's Imagenet{size}_train.zip and Imagenet{size}_val.zip (for Python) "
         f"into <data root>/{folder}: train_data_batch_1 to _10 and val_data",
         evaluated="validation",
+        has_parts=True,
+    )
+
+
+def _tokens(name: str, folders: tuple[str, ...], description: str, extension: str, get: str) -> DatasetFacts:
+    """Returns the facts of a text in three files, whose tokens are separated by blanks."""
+    files = tuple(f"{name}.{part}.{extension}" for part in ("train", "valid", "test"))
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=(*(f"{folder}/{files[0]}" for folder in folders), files[0]),
+        folders=folders,
+        files=files,
+        get=f"{get}, put {', '.join(files)} into <data root>/{folders[0]}",
+        task="language_modelling",
+        kind="text",
+        evaluated="validation",
     )
 
 
@@ -176,5 +225,45 @@ DATASETS: dict[str, DatasetFacts] = {
         get="save tensors as <data root>/features/features_train.pt, targets_train.pt, features_val.pt and "
         "targets_val.pt (float (n, d) and int64 (n,))",
         evaluated="validation",
+    ),
+    "multi30k": DatasetFacts(
+        "29,000 + 1,014 + 1,000 captions of images, English and German",
+        needs_root=True,
+        probes=("multi30k/train.de", "train.de"),
+        folders=("multi30k",),
+        files=(
+            "train.de",
+            "train.en",
+            "val.de",
+            "val.en",
+            "test.de|test_2016_flickr.de|test2016.de",
+            "test.en|test_2016_flickr.en|test2016.en",
+        ),
+        get="unpack training.tar.gz, validation.tar.gz and mmt16_task1_test.tar.gz of WMT 2016's multimodal "
+        "task into <data root>/multi30k: train.de, train.en, val.de, val.en, test.de and test.en",
+        task="translation",
+        kind="text",
+        evaluated="validation",
+    ),
+    "ptb": _tokens(
+        "ptb",
+        ("ptb", "simple-examples/data", "penn"),
+        "Penn Treebank as Mikolov prepared it: 929,589 + 73,760 + 82,430 tokens, 10,000 words",
+        "txt",
+        "unpack simple-examples.tgz below the data root, or, file by file",
+    ),
+    "wikitext2": _tokens(
+        "wiki",
+        ("wikitext-2",),
+        "WikiText-2: 2,088,628 + 217,646 + 245,569 tokens of Wikipedia, 33,278 words",
+        "tokens",
+        "unpack wikitext-2-v1.zip below the data root, or, file by file",
+    ),
+    "wikitext103": _tokens(
+        "wiki",
+        ("wikitext-103",),
+        "WikiText-103: 103,227,021 + 217,646 + 245,569 tokens of Wikipedia, 267,735 words",
+        "tokens",
+        "unpack wikitext-103-v1.zip below the data root, or, file by file",
     ),
 }

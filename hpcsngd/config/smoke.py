@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hpcsngd.config.catalogue import DATASETS, TORCHVISION_PREFIX
+from hpcsngd.config.catalogue import DATASETS, SMALL_ARGS, TORCHVISION_PREFIX
 from hpcsngd.config.experiment import GGT, KFAC, MFAC, DampingSteps, Data, Experiment, HyLo, Muon
 from hpcsngd.config.resolve import Override, Resolved, amend
 
@@ -19,7 +19,9 @@ ORIGIN = "--smoke"
 EPOCHS = 2
 RANKS = 2
 SAMPLES = {"train_limit": 32, "test_limit": 16}
-"""Two steps of the two ranks, and one evaluation."""
+"""Two steps of the two ranks, and one evaluation; all there are where a step is a file."""
+LENGTH = 8
+"""Tokens of a sample of a text."""
 
 _BATCH = 8
 _PIXELS = 32
@@ -69,14 +71,29 @@ def overrides(experiment: Experiment, data_root: str) -> list[Override]:
         "resources.walltime": "30m",
         **_model(experiment.model.name),
         **dict(_data(experiment.data, data_root)),
+        **({"data.train_limit": None} if getattr(experiment.optimizer, "batches", "") == "file" else {}),
         **dict(_optimizer(experiment)),
         **dict(_schedule(experiment)),
+        **({"decoding.beam": 2, "decoding.max_words": 8} if experiment.task == "translation" else {}),
         **dict(_preconditioner(experiment)),
+        **dict(_server(experiment)),
     }
     return [Override(f"experiment.{path}", value, ORIGIN) for path, value in settings.items()]
 
 
+def _server(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    """Yields what one worker beside a parameter server can do; what it does can be repeated bit for bit."""
+    settings = experiment.parameter_server
+    if settings is None:
+        return
+    yield "parameter_server.replay", None
+    if settings.delay is not None and settings.delay.slow_worker is not None:
+        yield "parameter_server.delay.slow_worker", 1
+
+
 def _model(name: str) -> dict[str, Any]:
+    if name in SMALL_ARGS:
+        return {f"model.args.{key}": value for key, value in SMALL_ARGS[name].items()}
     if not name.startswith(TORCHVISION_PREFIX):
         return {} if name == "linear" else {"model.args.width": _WIDTH}
     return {"model.args.width_per_group": _WIDTH} if name in _NARROWED else {}
@@ -85,7 +102,13 @@ def _model(name: str) -> dict[str, Any]:
 def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
     facts = DATASETS[data.name]
     yield "data.workers", 0
-    yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
+    if facts.task == "language_modelling":
+        # the text is as long as two steps of the two ranks
+        yield "data.stream.length", LENGTH
+    else:
+        yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
+    if facts.task == "translation":
+        yield "data.translation.min_count", 1
     if not facts.needs_root:
         return
     yield from {"data.root": root, "data.download": False, "data.stage": None}.items()
@@ -110,6 +133,8 @@ def _optimizer(experiment: Experiment) -> Iterator[tuple[str, Any]]:
 def _schedule(experiment: Experiment) -> Iterator[tuple[str, Any]]:
     shrinks = EPOCHS / experiment.epochs
     yield "schedule.warmup_epochs", experiment.schedule.warmup_epochs * shrinks
+    if experiment.schedule.kind == "inverse_sqrt":
+        yield "schedule.warmup_steps", 2
     yield "schedule.milestones", [epoch * shrinks for epoch in experiment.schedule.milestones]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Returns the sum of the samples' cross-entropies, in float32.
+    """Returns the sum of the samples' cross-entropies, in float32 or float64.
 
     Args:
         outputs: logits, ``(n, classes)``.
@@ -14,7 +15,9 @@ def cross_entropy(outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Te
         smoothing: share of the target that is spread over all classes. To spread it over the others alone, as
             HyLo's published code does, take ``smoothing * classes / (classes - 1)``.
     """
-    return nn.functional.cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=smoothing)
+    # half precision is not enough for a sum
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def dice(outputs: Tensor, masks: Tensor, smooth: float = 1.0) -> Tensor:
@@ -37,3 +40,24 @@ def dice(outputs: Tensor, masks: Tensor, smooth: float = 1.0) -> Tensor:
 def overlap(probabilities: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``sum p t`` and ``sum p + sum t`` over all pixels."""
     return (probabilities * masks).sum(), probabilities.sum() + masks.sum()
+
+
+#: A target that is none: padding.
+IGNORED = -100
+
+
+def token_cross_entropy(outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Returns the sum of the cross-entropies of all tokens but padding, in float32.
+
+    Args:
+        outputs: logits, ``(n, length, words)``.
+        targets: ``(n, length)``, int64; `IGNORED` where there is none.
+        smoothing: as for `cross_entropy`.
+    """
+    return nn.functional.cross_entropy(
+        outputs.flatten(0, 1).float(),
+        targets.flatten(),
+        reduction="sum",
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+    )
