@@ -74,7 +74,7 @@ class Subject:
         self._config = config
         seeds.seed_streams(seeds.derive(config.seed, "weights"))
         self.model = build_model(config, splits, torch.device("cpu"))
-        self._task = tasks.build(config, splits.num_classes, splits.test.groups)
+        self._task = tasks.build(config, splits.num_classes, splits.test)
         self._order = torch.randperm(len(splits.train), generator=seeds.generator(config.seed, "strength"))
         self._train = splits.train
 
@@ -122,12 +122,12 @@ class Subject:
         """Leaves the gradients of a batch; returns its size."""
         size = min(self._config.batch_size, len(self._order))
         chosen = self._order.roll(-number * size)[:size].tolist()
-        images, targets = self._train[data.Wanted(chosen, 0)]
+        *inputs, targets = self._train[data.Wanted(chosen, 0)]
         if preconditioner is not None:
             preconditioner.begin_step(float(size), 1)
-        outputs = self.model(images)
+        outputs = self.model(*inputs)
         if preconditioner is not None:
-            preconditioner.before_backward(outputs)
+            preconditioner.before_backward(self._task.curvature_outputs(outputs, targets))
         (self._task.loss(outputs, targets) / size).backward()  # type: ignore[no-untyped-call]
         return size
 
