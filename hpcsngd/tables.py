@@ -85,7 +85,12 @@ _ALL = (
                 "training samples computed on so far, all ranks: one counts for each time it was evaluated",
             ),
             Column("loss", "float", "", "mean over the targets since the previous row, all ranks"),
-            Column("accuracy", "float", "", "share of correct predictions since the previous row"),
+            Column(
+                "accuracy",
+                "float",
+                "",
+                "share of correct predictions since the previous row; nan for numbers",
+            ),
             Column("lr", "float", "", "learning rate of the last step"),
             *_CLOCKS,
         ),
@@ -102,7 +107,11 @@ _ALL = (
             Column("count", "int", "targets", "targets evaluated, each once: samples, or tokens of a text"),
             Column("loss", "float", "", "mean over the targets of the split"),
             Column(
-                "accuracy", "float", "", "share of correct predictions; for masks the patients' mean Dice"
+                "accuracy",
+                "float",
+                "",
+                "share of correct predictions; for masks the patients' mean Dice, for answers the mean F1, "
+                "for numbers Spearman's correlation",
             ),
             Column("eval_s", "float", "s", "time of this evaluation"),
             *_CLOCKS,
@@ -117,7 +126,7 @@ _ALL = (
             _EPOCH,
             _STEP,
             Column("split", "str", "", "which data: test, validation, or a further set's name"),
-            Column("metric", "str", "", "perplexity, bleu, ..."),
+            Column("metric", "str", "", "perplexity, bleu, exact_match, f1, matthews, spearman, ..."),
             Column("value", "float", "", "of the whole split; larger is better, except for perplexity"),
         ),
         doc="What else an evaluation says of the model, after each epoch; with tasks on text.",
