@@ -27,8 +27,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from hpcsngd.optim.boxsums import box_sums
 from hpcsngd.optim.moments import gram, patch_moment
-from hpcsngd.optim.positions import Geometry, box_sums, carried, patches
+from hpcsngd.optim.positions import Geometry, carried, patches
 from hpcsngd.optim.rows import FactoredRows, GradientRows, Rows, factors_are_cheaper
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
