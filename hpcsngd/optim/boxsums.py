@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -79,7 +80,7 @@ def _segments(spans: Sequence[Span], size: int) -> tuple[Span, ...]:
     for offset in range(step):
         inside = [(first, _end(span)) for span in spans if (first := span[0]) % step == offset]
         cuts = sorted({cut for first, end in inside if first < end for cut in (first, end)})
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             if any(a <= first < b for a, b in inside):
                 found.append((first, min(last, size), step))
     return tuple(found)

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 

@@ -60,10 +60,7 @@ class Stack:
         """Returns `SampleCurvature.project` of every member, shape ``(members, n, 1)``."""
         a, g, blocks = _matrices(self._a), _matrices(self._g), self._blocks(grads)
         # Both orders are the same product; the shorter side leaves fewer numbers to multiply and sum.
-        if a.shape[2] < g.shape[2]:
-            of_terms = vecdot(g @ blocks, a)
-        else:
-            of_terms = vecdot(a @ blocks.mT, g)
+        of_terms: Tensor = vecdot(g @ blocks, a) if a.shape[2] < g.shape[2] else vecdot(a @ blocks.mT, g)
         return of_terms.reshape(self._a.shape[:4]).sum((1, 3)).unsqueeze(2)
 
     def apply(self, grads: Tensor, t: Tensor) -> Tensor:
@@ -82,8 +79,9 @@ class Stack:
     def _inverse_times(self, t: Tensor) -> Tensor:
         if self._half is None:
             return _solved(self._factor, t)
-        half = vecdot(self._half, t.mT).unsqueeze(1)
-        return vecdot(self._half.mT, half).unsqueeze(2)
+        half: Tensor = vecdot(self._half, t.mT)
+        y: Tensor = vecdot(self._half.mT, half.unsqueeze(1))
+        return y.unsqueeze(2)
 
     def _blocks(self, grads: Tensor) -> Tensor:
         """Returns ``(members * groups, d_out / groups, d_in)`` of ``(members, d_out, d_in)``."""
@@ -185,4 +183,5 @@ def _matrices(tensor: Tensor) -> Tensor:
 
 def _solved(factor: Tensor, t: Tensor) -> Tensor:
     """Returns ``(factor factor^T)^-1 t``; unlike ``cholesky_solve`` it makes no copy of the factor."""
-    return solve_triangular(factor.mT, solve_triangular(factor, t, upper=False), upper=True)
+    y: Tensor = solve_triangular(factor.mT, solve_triangular(factor, t, upper=False), upper=True)
+    return y

@@ -1,4 +1,4 @@
-"""Sums over what each tap meets against sums of patches and against autograd, and that entries are read once."""
+"""Sums over what each tap meets, against sums of patches and against autograd."""
 
 from __future__ import annotations
 
