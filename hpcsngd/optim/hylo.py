@@ -27,7 +27,6 @@ from hpcsngd.optim import verify
 from hpcsngd.optim.base import Preconditioner, Schedule
 from hpcsngd.optim.calls import ConvMode
 from hpcsngd.optim.capture import Capture
-from hpcsngd.optim.checks import check_progress
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.covering import Skip, find_layers, tell_skipped
 from hpcsngd.optim.curvature import Complement
@@ -37,14 +36,15 @@ from hpcsngd.optim.hybrid import SwitchRule
 from hpcsngd.optim.hylo_apply import Applier
 from hpcsngd.optim.hylo_cycle import Cycle
 from hpcsngd.optim.hylo_record import Recorder
+from hpcsngd.optim.hylo_steering import Steering
 from hpcsngd.optim.observe import SHARES, Observer
-from hpcsngd.optim.options import Method, Options, damping_at
+from hpcsngd.optim.options import Method, Options
 from hpcsngd.optim.placement import Placement
 from hpcsngd.optim.records import LayerCheck, StepRecord
-from hpcsngd.optim.refresh import Moment, Outcome, Refresher
+from hpcsngd.optim.refresh import Outcome, Refresher
 from hpcsngd.optim.samplescale import LossReduction
 from hpcsngd.optim.schedules import EpochDamping
-from hpcsngd.optim.sketches import Plain, Scope
+from hpcsngd.optim.sketches import Scope
 from hpcsngd.optim.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -144,16 +144,13 @@ class HyLo(Preconditioner):
             placement=placement,
             observe=observe,
         )
-        self._switch = options.new_switch()
-        self._damping_schedule = options.damping_schedule()
-        self._options = options
-        self._progress: tuple[float, float] | None = None
-        self._step, self._failures, self._decisions_told = 0, 0, 0
-        self._damping, self._used = damping_at(self._damping_schedule, 0.0, 0), self._method_now
+        self._options, self._communicator = options, communicator or Communicator()
+        self._steering = Steering(options, self._communicator)
+        self._step = self._failures = 0
+        self._damping, self._used = self._steering.moment(0).damping, self._steering.method
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._layers, self.skipped = find_layers(self._model, skip)
         self._stopwatch, self._observer = Stopwatch(profile), Observer(observe, rank_shares)
-        self._communicator = communicator or Communicator()
         self._capture = Capture(self._layers, dtype, self._stopwatch, conv_mode)
         self._curvature = Curvatures(
             self._layers, self._communicator, self._capture.rows_dtype, self._stopwatch
@@ -190,19 +187,10 @@ class HyLo(Preconditioner):
         Raises:
             ValueError: a number is negative or not finite.
         """
-        check_progress(epoch, lr)
-        self._progress = (float(epoch), float(lr))
-        if self._switch is not None:
-            self._switch.advance(self._step, epoch, lr, partial(self._communicator.from_first, "switch"))
+        self._steering.advance(self._step, epoch, lr)
 
     def step(self, sample_scale: float | None = None, grad_scale: float = 1.0) -> None:
-        """Overwrites ``.grad`` of the covered parameters by the preconditioned gradient.
-
-        Args:
-            sample_scale: captured output gradients times this are gradients of each sample's own loss;
-                default: by ``loss_reduction``.
-            grad_scale: the factor of a gradient scaler (``GradScaler.get_scale()`` before its update) that
-                captured output gradients still carry; ``.grad`` must already be unscaled.
+        """See `Preconditioner.step`.
 
         Raises:
             ValueError: a scale is not positive, or a schedule left its range.
@@ -211,16 +199,12 @@ class HyLo(Preconditioner):
         if self._closed:
             raise RuntimeError("this preconditioner is closed")
         self._cycle.check(sample_scale, grad_scale)
-        wanting = self._options.needs_progress()
-        if self._progress is None and wanting:
-            raise RuntimeError(f"{wanting}: call set_progress(epoch, lr) before step()")
+        self._steering.check()
         outcome = Outcome(happened=False)
         with torch.no_grad(), torch.autocast(self._layers[0].module.weight.device.type, enabled=False):
             if self._cycle.is_due:
                 outcome = self._refresh(sample_scale, grad_scale)
-            lr = self._progress[1] if self._progress else None
-            watch = None if self._switch is None else self._switch.add
-            self._applier.apply(lr, self._step, self._used, watch)
+            self._applier.apply(self._steering.lr, self._step, self._used, self._steering.watch)
         self._step += 1
         self._cycle.expect(self._step)
         self._record = self._make_record(outcome)
@@ -240,7 +224,7 @@ class HyLo(Preconditioner):
         compressed method leave out; for SNGD in mode ``exact``, and on layers without positions in any mode,
         it is rounding alone. ``rescale`` and ``kl_clip`` are left out.
         """
-        options = self._options.on_a_copy(self._method_now, self._damping)
+        options = self._options.on_a_copy(self._steering.method, self._damping)
         data = (batch[0][:max_samples], batch[1][:max_samples])
         return verify.check_on_a_copy(
             verify.Problem(self._model, self._layers, data, loss),
@@ -257,12 +241,11 @@ class HyLo(Preconditioner):
             "format": _STATE_FORMAT,
             "step": self._step,
             "calendar": self._cycle.calendar.state_dict(),
-            "progress": self._progress,
             "seed": self._refresher.compression.seed,
             "damping": self._damping,
             "method": self._used,
             "failures": self._failures,
-            "switch": None if self._switch is None else self._switch.state_dict(),
+            **self._steering.state_dict(),
             **self._curvature.state_dict(),
         }
 
@@ -280,13 +263,10 @@ class HyLo(Preconditioner):
         self._refresher.comparison.clear()
         self._step = state["step"]
         self._cycle.calendar.load_state_dict(state["calendar"])
-        self._progress = None if state["progress"] is None else tuple(state["progress"])
         self._refresher.compression = replace(self._refresher.compression, seed=state["seed"])
         self._damping, self._failures, self._used = state["damping"], state["failures"], state["method"]
-        if self._switch is not None and state["switch"] is not None:
-            like = {layer.name: self._curvature.like(layer.name) for layer in self._layers}
-            self._switch.load_state_dict(state["switch"], like)
-            self._decisions_told = len(self._switch.history)
+        like = {layer.name: self._curvature.like(layer.name) for layer in self._layers}
+        self._steering.load_state_dict(state, like)
         self._capture.clear()
         self._cycle.expect(self._step)
         self._record = self._make_record(Outcome(happened=False))
@@ -302,17 +282,9 @@ class HyLo(Preconditioner):
         self._refresher.comparison.clear()
         self._closed = True
 
-    @property
-    def _method_now(self) -> Plain:
-        """Returns the method of a refresh that happened now."""
-        if self._options.method == "hybrid":
-            return "kid" if self._switch is None or self._switch.is_critical else "kis"
-        return self._options.method
-
     def _refresh(self, sample_scale: float | None, grad_scale: float) -> Outcome:
         """Recomputes the curvature from the captured rows."""
-        epoch = self._progress[0] if self._progress else None
-        now = Moment(self._step, self._method_now, damping_at(self._damping_schedule, epoch, self._step))
+        now = self._steering.moment(self._step)
         outcome = self._cycle.refresh(now, sample_scale, grad_scale)
         if outcome.happened:
             self._used, self._damping = now.method, now.damping
@@ -320,7 +292,5 @@ class HyLo(Preconditioner):
         return outcome
 
     def _make_record(self, outcome: Outcome) -> StepRecord:
-        decisions = () if self._switch is None else tuple(self._switch.history[self._decisions_told :])
-        self._decisions_told += len(decisions)
         record = self._recorder.record(self._step, outcome, damping=self._damping, failures=self._failures)
-        return replace(record, method=self._used, switches=decisions)
+        return replace(record, method=self._used, switches=self._steering.take_decisions())

@@ -14,6 +14,7 @@ from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
 from hpcsngd.optim.sketches import Plain
 from hpcsngd.optim.stopwatch import Stopwatch
+from hpcsngd.optim.threads import MOST_MULTIPLICATIONS, one_thread_if
 
 
 class Applier:
@@ -58,6 +59,12 @@ class Applier:
             method: that made the curvatures.
             watch: is shown every layer's plain gradient as a matrix ``(d_out, d_in)``.
         """
+        with one_thread_if(self._curvatures.multiplications <= MOST_MULTIPLICATIONS):
+            self._apply(lr, step, method, watch)
+
+    def _apply(
+        self, lr: float | None, step: int, method: Plain, watch: Callable[[str, Tensor], None] | None
+    ) -> None:
         with self._stopwatch.phase("precondition"):
             gradients = {
                 name: found for name, layer in self._layers.items() if (found := layer_gradients(layer))

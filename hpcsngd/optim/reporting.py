@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hpcsngd import dist
-from hpcsngd.optim.records import Communication, Fallback, PhaseTime
+from hpcsngd.optim.records import Communication, Fallback, LayerCheck, PhaseTime
 
 
 def phase_times(step: int, seconds: Mapping[str, float]) -> tuple[PhaseTime, ...]:
@@ -32,3 +32,10 @@ def fall_back(logger: logging.Logger, step: int, layer: str, reason: str, instea
     if dist.rank() == 0:
         logger.warning("step %d, layer %s: %s; using its %s", step, layer, reason, instead)
     return Fallback(step, layer, reason)
+
+
+def tell_checks(title: str, checks: Sequence[LayerCheck]) -> None:
+    """Prints what `Preconditioner.verify` found, on rank 0."""
+    if dist.rank() == 0:
+        # The one print outside the command line: verify is called by hand, to be read.
+        print(title, *checks, sep="\n")  # noqa: T201

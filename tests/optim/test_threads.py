@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpcsngd.optim.kfac_decompose import eigh_each
-from hpcsngd.optim.threads import MOST_ROWS, one_thread_each, runs_alone
+from hpcsngd.optim.threads import MOST_ROWS, one_thread_each, one_thread_if, runs_alone
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -43,3 +43,15 @@ def test_only_small_matrices_on_the_cpu_run_alone() -> None:
     assert runs_alone(torch.empty(1, MOST_ROWS, MOST_ROWS, device="cpu"))
     assert not runs_alone(torch.empty(1, MOST_ROWS + 1, 1).expand(-1, -1, MOST_ROWS + 1))
     assert not runs_alone(torch.empty(1, 8, 8, device="meta"))
+
+
+def test_one_thread_only_where_work_is_small() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for is_small, inside in ((True, 1), (False, 2)):
+            with one_thread_if(is_small):
+                assert torch.get_num_threads() == inside
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
