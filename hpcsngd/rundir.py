@@ -158,7 +158,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Status:
-    """How a run ended. ``state`` is one of `STATES`; ``reason`` is one line, empty when completed."""
+    """How a run ended. ``state`` is one of `STATES`; ``reason`` is one line, empty when all went well."""
 
     state: str
     reason: str
@@ -395,6 +395,15 @@ class Attempt:
             raise ValueError(f"unknown fault kind {fault.kind!r}; allowed: {', '.join(FAULT_KINDS)}")
         name = f"rank{fault.rank}" if fault.rank is not None else f"node{fault.node}"
         write_yaml(self.path / "faults" / f"{name}.yaml", dataclasses.asdict(fault))
+
+    def write_lost(self, rank: int, how: str) -> None:
+        """Records that a rank's process has ended without a word; one that others may do without."""
+        write_yaml(self.path / "lost" / f"rank{rank}.yaml", {"how": how, "utc": utc_now()})
+
+    def lost_ranks(self) -> dict[int, str]:
+        """Returns rank -> how its process ended, of those that `write_lost` has recorded."""
+        found = (self.path / "lost").glob("rank*.yaml")
+        return {int(file.stem.removeprefix("rank")): str(read_yaml(file)["how"]) for file in found}
 
     def forget_faults(self, ranks: Iterable[int]) -> None:
         """Removes the faults of ranks that are about to start again in this attempt."""

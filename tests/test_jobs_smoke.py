@@ -16,6 +16,7 @@ from hpcsngd.train import loop, tinydata
 from hpcsngd_analysis.report import write_report
 from tests.ranks import run_on_ranks
 from tests.train import runs
+from tests.train.parameter_server import runs as served
 
 #: Where a run is cut: in the middle of its second epoch of two steps.
 CUT = 3
@@ -60,7 +61,11 @@ def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_pa
     small = smoke.scaled_down(resolved, str(data / resolved.experiment.data.name))
     record = {"config": small.to_record()}
     whole, cut = (rundir.create(tmp_path / part, small.exp_name, record) for part in ("whole", "cut"))
-    run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path))
+    if small.experiment.strategy == "parameter_server":
+        serve_whole_and_cut(whole, cut)
+    else:
+        first_stop = 1 if small.experiment.strategy == "full_batch" else CUT  # of two steps, or of four
+        run_on_ranks(train_whole_and_cut, smoke.RANKS, str(whole.path), str(cut.path), first_stop)
     runs.assert_same_weights(whole, cut)
     for table in ("train", "eval"):
         assert runs.rows(whole, table) == runs.rows(cut, table), table
@@ -69,14 +74,21 @@ def test_it_trains_resumes_bit_for_bit_and_reports(name: str, data: Path, tmp_pa
     assert small.exp_name in page
 
 
-def train_whole_and_cut(whole: str, cut: str) -> None:
+def train_whole_and_cut(whole: str, cut: str, stop: int) -> None:
     """Trains one run to its end, the other with a stop and a resume between; on each rank."""
     assert runs.train(rundir.open_run(Path(whole)))
     sees = loop.Trainer._sees_stop_request
-    loop.Trainer._sees_stop_request = lambda self: self.progress.step + 1 == CUT  # type: ignore[method-assign]
+    loop.Trainer._sees_stop_request = lambda self: self.progress.step + 1 == stop  # type: ignore[method-assign]
     assert not runs.train(rundir.open_run(Path(cut)))
     loop.Trainer._sees_stop_request = sees  # type: ignore[method-assign]
     assert runs.train(rundir.open_run(Path(cut)), attempt=2)
+
+
+def serve_whole_and_cut(whole: rundir.RunDir, cut: rundir.RunDir) -> None:
+    """Does the same with a parameter server and one worker, in this process."""
+    assert served.train(whole)
+    assert not served.train(cut, stop_after=CUT)
+    assert served.train(cut, attempt=2)
 
 
 def test_every_file_has_a_run() -> None:

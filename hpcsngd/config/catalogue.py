@@ -16,6 +16,7 @@ MODELS: dict[str, str] = {
     "digits-cnn": "two 3x3 convolutions and two linear layers for 8x8 digits",
     "3c1f": "three 3x3 convolutions of 128 channels, max-pool, linear 500, linear classes (28x28 input)",
     "lenet5": "LeNet-5 with ReLU and max-pooling (28x28 input)",
+    "lenet5-tanh": "LeNet-5 with tanh and average pooling (32x32 or 64x64 input)",
     "cnn1": "two 3x3 convolutions of 32 and 64 channels, linear 128, dropout (28x28 input)",
     "cnn2": "two 3x3 convolutions of 32 and 64 channels, each with a pool, linear 512, dropout (32x32 input)",
     "linear": "one linear layer: logistic regression on pixels or stored features",
@@ -54,6 +55,7 @@ class DatasetFacts:
         task: what can be learned from it.
         evaluated: which part is evaluated: a ``test`` set, or a ``validation`` set.
         resizes: whether ``data.size`` may be chosen.
+        has_parts: whether the training set comes in several files, of which one is in memory at a time.
     """
 
     description: str
@@ -66,6 +68,7 @@ class DatasetFacts:
     task: Literal["classification", "segmentation"] = "classification"
     evaluated: Literal["test", "validation"] = "test"
     resizes: bool = False
+    has_parts: bool = False
 
     def absent(self, exists: Callable[[str], bool]) -> list[str]:
         """Returns which of `files` are missing from a folder.
@@ -124,6 +127,7 @@ def _small_imagenet(size: int) -> DatasetFacts:
         get=f"unpack image-net.org's Imagenet{size}_train.zip and Imagenet{size}_val.zip (for Python) "
         f"into <data root>/{folder}: train_data_batch_1 to _10 and val_data",
         evaluated="validation",
+        has_parts=True,
     )
 
 

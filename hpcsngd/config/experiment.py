@@ -184,7 +184,7 @@ class _Optimizer(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay as torch's optimizer of that name means it: coupled for sgd and adam, else decoupled."""
     no_decay: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class (BatchNorm2d), whose parameters do not decay."""
+    """What does not decay: modules by class (BatchNorm2d) or regular expression, or parameters (bias$)."""
 
 
 class SGD(_Optimizer):
@@ -197,6 +197,8 @@ class SGD(_Optimizer):
     """Dampening of the momentum."""
     nesterov: bool = False
     """Nesterov's form."""
+    decoupled: bool = False
+    """Multiply the weights by 1 - lr * weight_decay, past preconditioner and momentum (SGDW)."""
 
 
 class Adam(_Optimizer):
@@ -221,7 +223,45 @@ class Muon(_Optimizer):
     """Peak learning rate of the parameters that are not matrices."""
 
 
-Optimizer = Annotated[SGD | Adam | Muon, Field(discriminator="name")]
+class LBFGS(_Optimizer):
+    """hpcsngd.optim.LBFGS: quasi-Newton steps; the loss is evaluated several times per step."""
+
+    name: Literal["lbfgs"]
+    lr: ScaledFloat = 1.0
+    """First step that a line search tries, or the only one without; smaller before there is curvature."""
+    history: int = Field(default=10, ge=1)
+    """Curvature pairs kept."""
+    iterations: int = Field(default=1, ge=1)
+    """Iterations per step, all on the step's batch."""
+    line_search: Literal["strong_wolfe", "none"] = "strong_wolfe"
+    """Strong Wolfe conditions on the loss of all ranks, or steps of `lr`."""
+    c1: float = Field(default=1e-4, gt=0, lt=1)
+    """Share of the promised decrease that a line search wants; below `c2`."""
+    c2: float = Field(default=0.9, gt=0, lt=1)
+    """Largest share of the slope that it leaves."""
+    max_evaluations: int = Field(default=25, ge=1)
+    """Evaluations per line search."""
+    tolerance: float = Field(default=0.0, ge=0)
+    """No further iteration in a step once no entry of the gradient is larger."""
+    eps: float = Field(default=1e-10, ge=0)
+    """A pair of step s and change of gradient y is skipped unless y's > eps |s| |y|."""
+    powell: float = Field(default=0.0, ge=0, lt=1)
+    """Powell's damping of pairs; 0: none."""
+    batches: Literal["step", "overlap", "file"] = "step"
+    """Where curvature comes from: the step's batch, its overlap with the next one, or a file at each step."""
+    overlap: float | None = Field(default=None, gt=0, le=1)
+    """Share of a step's own samples that the next step has too; default with batches overlap: 0.25."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LBFGS:
+        if self.c1 >= self.c2:
+            raise ValueError("c1 must be below c2")
+        if self.overlap is not None and self.batches != "overlap":
+            raise ValueError(f"overlap belongs to batches overlap, not {self.batches}")
+        return self
+
+
+Optimizer = Annotated[SGD | Adam | Muon | LBFGS, Field(discriminator="name")]
 
 
 class DampingDecay(Strict):
@@ -411,7 +451,30 @@ class KFAC(Strict):
         return self
 
 
-class MFAC(Strict):
+class _Windowed(Strict):
+    """What M-FAC and GGT share: sparse storage, and what is done with the result."""
+
+    density: float = Field(default=0.01, gt=0, le=1)
+    """Share of the entries that sparse storage keeps."""
+    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
+    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
+    scope: Literal["block", "layer", "global"] = "block"
+    """Where entries compete for being kept."""
+    block_size: int = Field(default=32_768, ge=1)
+    """Entries of a block; at most 32,768 with 16-bit positions."""
+    feedback: bool = True
+    """Add what was not kept to the next gradient."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Coupled weight decay, preconditioned with the gradient; optimizer.weight_decay comes on top."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the preconditioned gradient; null: none."""
+    clip_value: float | None = Field(default=None, gt=0)
+    """Largest entry of the preconditioned gradient; null: none."""
+    skip: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class, that train with their plain gradient."""
+
+
+class MFAC(_Windowed):
     """hpcsngd.optim.MFAC."""
 
     name: Literal["mfac"]
@@ -423,16 +486,6 @@ class MFAC(Strict):
     """Gradients in full, their largest entries, or factors; the rest is fed back."""
     scale_rule: Literal["window", "count"] = "window"
     """Divide the sum of outer products by the window's length, or by the gradients in it."""
-    density: float = Field(default=0.01, gt=0, le=1)
-    """Share of the entries that sparse storage keeps."""
-    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
-    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
-    scope: Literal["block", "layer", "global"] = "block"
-    """Where entries compete for being kept."""
-    block_size: int = Field(default=32_768, ge=1)
-    """Entries of a block; at most 32,768 with 16-bit positions."""
-    feedback: bool = True
-    """Add what was not kept to the next gradient."""
     low_rank: int = Field(default=1, ge=1)
     """Rank of lowrank storage."""
     target: Literal["sent", "gradient"] = "sent"
@@ -441,17 +494,9 @@ class MFAC(Strict):
     """What fills the zeros of the result while a sparse window fills."""
     feedback_scale: float = Field(default=1.0, gt=0)
     """Factor of a gradient as it enters the error."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Coupled weight decay: preconditioned, not stored. optimizer.weight_decay is added afterwards."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the preconditioned gradient; null: none."""
-    clip_value: float | None = Field(default=None, gt=0)
-    """Largest entry of the preconditioned gradient; null: none."""
-    skip: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class, that train with their plain gradient."""
 
 
-class GGT(Strict):
+class GGT(_Windowed):
     """hpcsngd.optim.GGT."""
 
     name: Literal["ggt"]
@@ -465,22 +510,6 @@ class GGT(Strict):
     """Added to the singular values of the window."""
     storage: Literal["dense", "sparse"] = "dense"
     """Gradients in full, or their largest entries; the rest is fed back."""
-    density: float = Field(default=0.01, gt=0, le=1)
-    """Share of the entries that sparse storage keeps."""
-    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
-    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
-    scope: Literal["block", "layer", "global"] = "block"
-    """Where entries compete for being kept."""
-    block_size: int = Field(default=32_768, ge=1)
-    """Entries of a block; at most 32,768 with 16-bit positions."""
-    feedback: bool = True
-    """Add what was not kept to the next gradient."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the preconditioned gradient; null: none."""
-    clip_value: float | None = Field(default=None, gt=0)
-    """Largest entry of the preconditioned gradient; null: none."""
-    skip: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class, that train with their plain gradient."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> GGT:
@@ -490,6 +519,79 @@ class GGT(Strict):
 
 
 Preconditioner = Annotated[HyLo | KFAC | MFAC | GGT, Field(discriminator="name")]
+
+
+class DelayCompensation(Strict):
+    """What a stale gradient is changed by (DC-ASGD): g + lambda g g (w - w_then)."""
+
+    strength: float = Field(ge=0)
+    """Lambda, or lambda_0 if adaptive; 0 changes nothing."""
+    adaptation: Literal["constant", "adaptive"] = "constant"
+    """Adaptive: lambda_0 over the root of the gradients' mean square, entry by entry."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of that mean square."""
+    eps: float = Field(default=1e-7, gt=0)
+    """Added to it."""
+
+
+class Delay(Strict):
+    """What workers wait before each push, to study slow ones."""
+
+    intensity: Literal["small", "medium", "long"] | None = None
+    """Mean of 30, 60 or 90 ms."""
+    mean_ms: float | None = Field(default=None, ge=0)
+    """Instead: the mean in milliseconds."""
+    std_ms: float = Field(default=5.0, ge=0)
+    """Standard deviation of gaussian delays; what would be negative is 0."""
+    kind: Literal["constant", "gaussian"] = "gaussian"
+    """Whether every delay is the mean, or drawn."""
+    all_workers: bool = True
+    """Delay all workers; false: the slow one only."""
+    slow_worker: int | None = Field(default=None, ge=1)
+    """A worker, from 1, that waits twice as long, with twice the deviation; null: none."""
+
+    @model_validator(mode="after")
+    def _somebody_waits(self) -> Delay:
+        if (self.intensity is None) == (self.mean_ms is None):
+            raise ValueError("a delay takes one of intensity and mean_ms")
+        if not self.all_workers and self.slow_worker is None:
+            raise ValueError("all_workers: false needs a slow_worker; without a delay leave it out")
+        return self
+
+
+class ParameterServer(Strict):
+    """Rank 0 is the server, all others are workers; see hpcsngd/train/parameter_server."""
+
+    mode: Literal["async", "sync"] = "async"
+    """Async: every push is an update. Sync: an update is the mean of one push of each worker."""
+    partition: Literal["dealt", "shared", "split", "labels", "labels_unscaled"] = "dealt"
+    """Which samples a worker trains on: what comes next in an order that all share, all samples in an order
+    of its own, or a part of its own: at random, or by labels (cut to equal size, or not)."""
+    shares: Literal["free", "equal"] = "free"
+    """Async: whether whoever is ready computes the next update, or each worker's share of the whole run is
+    set before (by the size of its part), so that slow workers are not left behind."""
+    compensation: DelayCompensation | None = None
+    """Compensation of delays, async only; null: none."""
+    delay: Delay | None = None
+    """Delays that workers add; null: none."""
+    replay: str | None = None
+    """Run directory, or its staleness.csv, whose order of pulls and pushes is repeated, async only."""
+    lost_after_s: float = Field(default=60.0, gt=0)
+    """Seconds without a word of a worker's process after which it counts as lost."""
+
+    @model_validator(mode="after")
+    def _fits_the_mode(self) -> ParameterServer:
+        given = {
+            "compensation": self.compensation is not None,
+            "replay": self.replay is not None,
+            "shares: equal": self.shares == "equal",
+        }
+        wrong = [name for name, is_given in given.items() if is_given]
+        if self.mode == "sync" and wrong:
+            raise ValueError(f"{', '.join(wrong)}: not in mode sync, where all workers wait for each other")
+        if self.replay is not None and self.shares == "equal":
+            raise ValueError("replay repeats who computed what, so shares: equal says nothing")
+        return self
 
 
 class Schedule(Strict):
@@ -629,8 +731,11 @@ class Experiment(Strict):
     """Headline results that this experiment should be held against."""
     task: Literal["classification", "segmentation"] = "classification"
     """What is learned: a class for each image, or a mask."""
-    strategy: Literal["ddp"] = "ddp"
-    """How ranks work together."""
+    strategy: Literal["ddp", "full_batch", "parameter_server"] = "ddp"
+    """How ranks work together: all alike on a batch per step, or on the whole training set; or one server and
+    workers."""
+    parameter_server: ParameterServer | None = None
+    """Of strategy parameter_server only; null: its defaults."""
     model: Model
     """The network."""
     data: Data
@@ -672,6 +777,14 @@ class Experiment(Strict):
     axis whose keys change together."""
 
     @model_validator(mode="after")
+    def _steps_fit(self) -> Experiment:
+        if self.strategy == "full_batch" and self.accumulate != 1:
+            raise ValueError("strategy full_batch takes as many micro-batches as there are: no accumulate")
+        if isinstance(self.optimizer, LBFGS):
+            _check_lbfgs(self, self.optimizer)
+        return self
+
+    @model_validator(mode="after")
     def _task_fits(self) -> Experiment:
         is_segmentation = self.task == "segmentation"
         if is_segmentation != (DATASETS[self.data.name].task == "segmentation"):
@@ -683,3 +796,51 @@ class Experiment(Strict):
         if is_segmentation and getattr(self.preconditioner, "fisher", "empirical") != "empirical":
             raise ValueError("fisher: empirical is the only one for task segmentation")
         return self
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Experiment:
+        if self.strategy != "parameter_server":
+            if self.parameter_server is not None:
+                raise ValueError(f"parameter_server: not for strategy {self.strategy}")
+            return self
+        given = {
+            "preconditioner (the server has no samples, only gradients)": self.preconditioner is not None,
+            "precision: fp16 (a scaled loss needs all ranks in step)": self.precision == "fp16",
+            "data.workers (workers load their samples themselves)": self.data.workers > 0,
+            "diagnostics.profiling": self.diagnostics.profiling,
+        }
+        if wrong := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"{'; '.join(wrong)}: not for strategy parameter_server")
+        if (
+            self.task != "classification"
+            and "labels" in (self.parameter_server or ParameterServer()).partition
+        ):
+            raise ValueError(f"partition by labels: not for task {self.task}")
+        return self
+
+
+def _check_lbfgs(experiment: Experiment, optimizer: LBFGS) -> None:
+    """Refuses what a quasi-Newton method cannot be combined with.
+
+    Raises:
+        ValueError: all of it.
+    """
+    by_file = optimizer.batches == "file"
+    rules = {
+        "preconditioner: it has curvature of its own": experiment.preconditioner is not None,
+        "clip_norm: a clipped gradient is not that of the loss": experiment.clip_norm is not None,
+        f"precision {experiment.precision}: it needs fp32": experiment.precision != "fp32",
+        "schedule.warmup_start 0: a first step of 0 leads nowhere": experiment.schedule.warmup_epochs > 0
+        and not experiment.schedule.warmup_start,
+        "strategy parameter_server: all ranks must take the same step": experiment.strategy
+        == "parameter_server",
+        f"batches {optimizer.batches} with strategy full_batch": experiment.strategy == "full_batch"
+        and optimizer.batches != "step",
+        f"batches file: data set {experiment.data.name} does not come in several files": by_file
+        and not DATASETS[experiment.data.name].has_parts,
+        "batches file with accumulate: a file has as many micro-batches as it takes": by_file
+        and experiment.accumulate != 1,
+    }
+    wrong = [text for text, applies in rules.items() if applies]
+    if wrong:
+        raise ValueError(f"optimizer lbfgs cannot be combined with {'; nor with '.join(wrong)}")

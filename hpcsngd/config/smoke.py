@@ -19,7 +19,7 @@ ORIGIN = "--smoke"
 EPOCHS = 2
 RANKS = 2
 SAMPLES = {"train_limit": 32, "test_limit": 16}
-"""Two steps of the two ranks, and one evaluation."""
+"""Two steps of the two ranks, and one evaluation; all there are where a step is a file."""
 
 _BATCH = 8
 _PIXELS = 32
@@ -69,11 +69,23 @@ def overrides(experiment: Experiment, data_root: str) -> list[Override]:
         "resources.walltime": "30m",
         **_model(experiment.model.name),
         **dict(_data(experiment.data, data_root)),
+        **({"data.train_limit": None} if getattr(experiment.optimizer, "batches", "") == "file" else {}),
         **dict(_optimizer(experiment)),
         **dict(_schedule(experiment)),
         **dict(_preconditioner(experiment)),
+        **dict(_server(experiment)),
     }
     return [Override(f"experiment.{path}", value, ORIGIN) for path, value in settings.items()]
+
+
+def _server(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    """Yields what one worker beside a parameter server can do; what it does can be repeated bit for bit."""
+    settings = experiment.parameter_server
+    if settings is None:
+        return
+    yield "parameter_server.replay", None
+    if settings.delay is not None and settings.delay.slow_worker is not None:
+        yield "parameter_server.delay.slow_worker", 1
 
 
 def _model(name: str) -> dict[str, Any]:

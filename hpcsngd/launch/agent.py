@@ -13,11 +13,12 @@ import dataclasses
 import logging
 import os
 import platform
+import signal
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from hpcsngd import __version__, lifeline, rundir
 from hpcsngd.launch import (
@@ -37,12 +38,14 @@ from hpcsngd.launch import (
     watch,
 )
 from hpcsngd.launch.context import AgentFaultError, Context, Ended
+from hpcsngd.launch.crew import Crew
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.stop import Stop
 from hpcsngd.launch.walltime import RESERVE_S
 from hpcsngd.rundir import Attempt
 
 Reason = Literal["stop", "moved", "peer", "hang"]
+Workers: TypeAlias = processes.Child | Crew
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +232,7 @@ class Supervisor:
         meeting = Rendezvous(**rundir.read_yaml(file))
         return meeting if meeting.generation > self._generation else None
 
-    def _start(self, meeting: Rendezvous) -> processes.Child:
+    def _start(self, meeting: Rendezvous) -> Workers:
         here = self._place
         try:
             plan = container.settle(self._plan)
@@ -238,28 +241,26 @@ class Supervisor:
         shared = environment.worker_environment(os.environ, plan)
         number = self._attempt.number
         run_dir = str(self._run.path)
-        if plan.mode == "torchrun":
+        if not plan.starts_ranks:
             words = commands.node_command(
                 plan, run_dir, number, node=here.node, address=meeting.address, port=meeting.port
             )
             logs = [self._attempt.node_log(here.node, stream) for stream in ("out", "err")]
             return processes.Child(words, shared, *logs)
         words = commands.rank_command(plan, run_dir, number)
-        try:
-            own = environment.rank_environment(
-                shared,
-                plan,
-                rank=here.index,
-                local_rank=here.local_index,
-                address=meeting.address,
-                port=meeting.port,
-            )
-        except ValueError as error:
-            raise AgentFaultError("configuration", str(error)) from error
-        logs = [self._attempt.rank_log(here.index, stream) for stream in ("out", "err")]
-        return processes.Child(words, own, *logs)
+        children = {}
+        for local, rank in enumerate(self._ranks, start=here.local_index):
+            try:
+                own = environment.rank_environment(
+                    shared, plan, rank=rank, local_rank=local, address=meeting.address, port=meeting.port
+                )
+            except ValueError as error:
+                raise AgentFaultError("configuration", str(error)) from error
+            logs = [self._attempt.rank_log(rank, stream) for stream in ("out", "err")]
+            children[rank] = processes.Child(words, own, *logs)
+        return Crew(children, self._attempt, here.host) if plan.is_served else children[here.index]
 
-    def _watch(self, child: processes.Child, meeting: Rendezvous) -> Ended:
+    def _watch(self, child: Workers, meeting: Rendezvous) -> Ended:
         self._guard = self._new_guard()
         self._faults_since = next_files = 0.0
         while (status := child.poll()) is None:
@@ -289,6 +290,9 @@ class Supervisor:
     def _look(self, now: float) -> Reason | None:
         """Gives a sign of life and looks at the others'; returns why the workers should be ended, if so."""
         self._context.sign(lifeline.WATCHING)
+        if self._plan.ssh and self._attempt.cancel_request.exists() and not self._stop.is_requested:
+            # whoever cancelled may not reach this host; elsewhere the scheduler's signal is sure to come
+            os.kill(os.getpid(), signal.SIGTERM)
         if self._place.is_leader:
             self._mind_the_limit(now)
         elif self._newer():
@@ -320,11 +324,11 @@ class Supervisor:
         outcome.record_fault(self._context, verdict.Verdict("hang", message, evidence))
 
     def _log_of(self, rank: int) -> Path:
-        if self._plan.mode == "per_rank":
+        if self._plan.starts_ranks:
             return self._attempt.rank_log(rank, "err")
         return self._attempt.node_log(self._place.node, "err")
 
-    def _ended(self, by: Reason, child: processes.Child) -> Ended:
+    def _ended(self, by: Reason, child: Workers) -> Ended:
         self._context.sign(by)  # ending them takes a while: no silence
         is_urgent = self._stop.is_hard or by == "hang" or (by == "peer" and self._stop.is_terminated)
         child.end(0.0 if is_urgent else END_GRACE_S)

@@ -27,6 +27,7 @@ SCHEDULER_PREFIXES = (
     "BSUB_",
     "CSM_",
     "HPCSNGD_LSF_",
+    "HPCSNGD_SSH_",
     "JSM_",
     "PMI_",
     "PMI2_",
@@ -80,7 +81,7 @@ def worker_environment(agent: Mapping[str, str], plan: Plan) -> dict[str, str]:
         result.setdefault("OMP_NUM_THREADS", str(plan.cpus_per_rank))
     result[DEVICE] = "cuda" if plan.gpus_per_node else "cpu"
     result[BACKEND] = plan.backend
-    if plan.mode == "torchrun":
+    if not plan.starts_ranks:
         result[_LINE_PREFIX] = "[rank${rank}]: "
     inside = container.inner_environment(plan) if plan.image else {}
     return result | inside | plan.env

@@ -121,7 +121,7 @@ def _check(choice: Choice, plan: Plan) -> None:
 
 def _of_rank(attempt: Attempt, plan: Plan, rank: int, stream: str) -> Iterator[LogFile]:
     label = f"rank{rank}.{stream}"
-    if plan.mode == "per_rank":
+    if plan.starts_ranks:
         yield LogFile(label, attempt.rank_log(rank, stream))
         return
     node, local = divmod(rank, plan.ranks_per_node)
@@ -135,7 +135,7 @@ def _of_nodes(attempt: Attempt, plan: Plan, choice: Choice) -> Iterator[LogFile]
     nodes = range(plan.nodes) if choice.node is None else [choice.node]
     for node in nodes:
         for stream in choice.streams:
-            if plan.mode == "torchrun":
+            if not plan.starts_ranks:
                 yield LogFile(f"node{node}.{stream}", attempt.node_log(node, stream))
                 continue
             first = node * plan.ranks_per_node

@@ -111,7 +111,9 @@ def _complete(context: Context) -> None:
             _finish(context, Ending("failed", "failed", first.line(), first))
         time.sleep(0.2)
     result = rundir.read_yaml(attempt.finished_yaml)
-    context.run.write_status(Status("completed", "", attempt.number, result=result))
+    lost = ", ".join(result.get("lost_workers", ()))
+    reason = f"went on although {lost}" if lost else ""
+    context.run.write_status(Status("completed", reason, attempt.number, result=result))
 
 
 def _stopped(context: Context, ended: Ended, stop: Stop) -> Ending | None:

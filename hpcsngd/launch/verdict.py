@@ -168,7 +168,7 @@ def _from_exit(lines: Sequence[str], exit_status: int) -> Verdict:
     evidence = [line for line in own if line.strip()][-EVIDENCE_LINES:]
     status = worker_exit(lines, exit_status)
     if status < 0:
-        return Verdict("killed", f"a worker was ended by {_signal_name(-status)}", evidence)
+        return Verdict("killed", f"a worker was ended by {signal_name(-status)}", evidence)
     if status in (126, 127):
         # the shell's words for a command that cannot be run or found
         return Verdict("configuration", evidence[-1] if evidence else "the command was not found", evidence)
@@ -179,7 +179,8 @@ def _from_exit(lines: Sequence[str], exit_status: int) -> Verdict:
     return Verdict("unknown", f"the workers ended with exit status {status}{quoted}", evidence)
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """Returns a signal's name and number, for people."""
     try:
         return f"{signal.Signals(number).name} (signal {number})"
     except ValueError:

@@ -193,6 +193,11 @@ class LBFGS(torch.optim.Optimizer):
         self._place = place
         return before
 
+    @property
+    def has_pairs(self) -> bool:
+        """Returns whether there is curvature to go by."""
+        return len(self._pairs) > 0
+
     def _iterate(self, closure: Closure, place: _Place) -> _Place | None:
         """Returns where one iteration leads; None if nowhere."""
         if not place.is_finite:

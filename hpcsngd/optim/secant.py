@@ -114,8 +114,10 @@ class SecantPairs:
         if state["s"].shape[1:] != like.shape or state["y"].shape != state["s"].shape:
             shapes = tuple(state["s"].shape), tuple(state["y"].shape)
             raise ValueError(f"pairs have shapes {shapes}; the parameters have {len(like)} numbers")
-        for s, y in zip(state["s"].to(like), state["y"].to(like), strict=True):
-            self._pairs.append((s.clone(), y.clone(), 1 / float(s @ y)))
+        for row, other in zip(state["s"].to(like), state["y"].to(like), strict=True):
+            # clones first: the last bit of a product depends on where in memory a row begins
+            s, y = row.clone(), other.clone()
+            self._pairs.append((s, y, 1 / float(s @ y)))
 
     def _gamma(self) -> float:
         if not self._pairs:

@@ -40,9 +40,15 @@ _TORN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 
 class TrainError(HpcsngdError):
-    """A failure that the training code explains itself; ``kind`` is one of ``rundir.FAULT_KINDS``."""
+    """A failure that the training code explains itself.
+
+    Attributes:
+        kind: one of ``rundir.FAULT_KINDS``.
+        is_echo: whether it only repeats what has happened to another process, which knows better.
+    """
 
     kind = "unknown"
+    is_echo = False
 
 
 class NotFiniteError(TrainError):
@@ -67,6 +73,10 @@ class CheckpointError(TrainError):
     """No checkpoint can be used although there are some."""
 
 
+class DismissedError(TrainError):
+    """The others go on without this process, which is no failure of the run."""
+
+
 class SettingError(TrainError):
     """The configuration cannot be carried out here; checked before the first step."""
 
@@ -80,6 +90,8 @@ def kind_of(error: BaseException) -> str:
 
 def is_echo(error: BaseException) -> bool:
     """Returns whether an exception only says that another process has gone."""
+    if isinstance(error, TrainError):
+        return error.is_echo
     return kind_of(error) == "unknown" and any(
         words in str(each) for each in _chain(error) for words in _TORN
     )

@@ -31,6 +31,7 @@ from hpcsngd.train.faults import NotFiniteError
 from hpcsngd.train.metrics import Progress, Recorder, Sums
 from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import ShardedSampler
+from hpcsngd.train.stepping import Stepping
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import Strategy
 from hpcsngd.train.tasks import Evaluated, Evaluation, Task
@@ -86,8 +87,8 @@ class Trainer:
     Args:
         config: the experiment.
         parts: what is trained; changed in place.
-        sampler: of the training set, the one that ``train`` iterates.
-        train: this rank's training batches.
+        sampler: of the training set, the one that ``stepping`` goes by.
+        stepping: where a step's batches come from, and how its gradients become weights.
         test: this rank's evaluation batches.
         task: what is learned: the loss, and how good a prediction is.
         recorder: takes the metrics.
@@ -103,7 +104,7 @@ class Trainer:
         parts: Parts,
         *,
         sampler: ShardedSampler,
-        train: DataLoader[Batch],
+        stepping: Stepping,
         test: DataLoader[Batch],
         task: Task,
         recorder: Recorder,
@@ -113,7 +114,7 @@ class Trainer:
         pulse: Pulse,
     ) -> None:
         self._config, self._parts, self._sampler = config, parts, sampler
-        self._train, self._test, self._task = train, test, task
+        self._stepping, self._test, self._task = stepping, test, task
         self._recorder, self._checkpoints, self._stop_request = recorder, checkpoints, stop_request
         self.progress, self._pulse = progress, pulse
         self._saved_step = progress.step
@@ -136,12 +137,11 @@ class Trainer:
     def _run_epoch(self) -> bool:
         """Trains to the end of the epoch; returns whether a stop request came."""
         epoch, first = divmod(self.progress.step, self._sampler.steps_per_epoch)
-        self._sampler.start_at(epoch, first)
-        batches = iter(self._train)
+        self._stepping.start(epoch, first)
         self._parts.trained.train()
         for position in range(first, self._sampler.steps_per_epoch):
             started = time.perf_counter()
-            is_stopped = self._step(batches, position)
+            is_stopped = self._step(position)
             devices.wait_for(self._parts.device)
             self.progress.train_s += time.perf_counter() - started
             self._after_step(is_end_of_epoch=position + 1 == self._sampler.steps_per_epoch)
@@ -149,15 +149,33 @@ class Trainer:
                 return True
         return False
 
-    def _step(self, batches: Iterator[Batch], position: int) -> bool:
+    def _step(self, position: int) -> bool:
         """Does one optimizer step; returns whether a stop request was seen."""
         parts, size = self._parts, self._sampler.sizes[position]
-        for optimizer in parts.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
         count = self._sampler.micro_batches_in(position)
         if parts.preconditioner is not None:
             parts.preconditioner.begin_step(size / dist.world_size(), count)
+        sums = self._pass(self._stepping.batches(position), count, size)
+        own_loss = sums[0] / size
+        self._pulse.at("reduce")
+        sums[2] = self._sees_stop_request()
+        loss, score, stops = dist.all_reduce_sum(sums).tolist()
+        if not (math.isfinite(loss) or self._stepping.can_recover):
+            raise NotFiniteError(f"loss is {loss / size} at step {self.progress.step + 1}; {self._advice()}")
+        self._pulse.at("update")
+        self.progress.samples += size + self._update(size, own_loss)
+        self.progress.step += 1
+        self._pulse.at("between steps", self.progress.step)
+        self.progress.row.add(loss, score, size)
+        self.progress.epoch.add(loss, score, size)
+        return bool(stops > 0)
+
+    def _pass(self, batches: Iterator[Batch], count: int, size: int) -> Tensor:
+        """Leaves the mean gradient of micro-batches; returns sums of loss and score, and a zero."""
+        parts = self._parts
+        for optimizer in parts.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
         for index in range(count):
             self._pulse.at("data")
             with self._stopwatch.phase("data"):
@@ -165,19 +183,13 @@ class Trainer:
             self._pulse.at("compute")
             with parts.strategy.micro_batch(is_last=index + 1 == count):
                 sums[:2] += self._micro_batch(images, targets, size)
-        self._pulse.at("reduce")
-        sums[2] = self._sees_stop_request()
-        loss, score, stops = dist.all_reduce_sum(sums).tolist()
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"loss is {loss / size} at step {self.progress.step + 1}; {self._advice()}")
+        return sums
+
+    def _pass_again(self, batches: Iterator[Batch], count: int, size: int) -> Tensor:
+        """Does a pass in the midst of an update; returns this rank's part of the mean loss."""
+        loss = self._pass(batches, count, size)[0] / size
         self._pulse.at("update")
-        self._update(size)
-        self.progress.step += 1
-        self._pulse.at("between steps", self.progress.step)
-        self.progress.samples += size
-        self.progress.row.add(loss, score, size)
-        self.progress.epoch.add(loss, score, size)
-        return bool(stops > 0)
+        return loss
 
     def _micro_batch(self, images: Tensor, targets: Tensor, size: int) -> Tensor:
         """Adds a micro-batch's gradients; returns its summed loss and score."""
@@ -193,8 +205,8 @@ class Trainer:
             scaled.backward()  # type: ignore[no-untyped-call]
         return torch.stack([loss.detach().double(), self._task.score(outputs.detach(), targets)])
 
-    def _update(self, size: int) -> None:
-        """Turns gradients into new weights: unscale, clip, precondition, update."""
+    def _update(self, size: int, own_loss: Tensor) -> int:
+        """Turns gradients into weights: unscale, clip, precondition, update; returns samples used again."""
         parts, step = self._parts, self.progress.step + 1
         with self._stopwatch.phase("update"):
             for optimizer in parts.optimizers:
@@ -215,10 +227,9 @@ class Trainer:
             if before is not None:
                 self._recorder.quantify(step, quantify(before, flat_gradients(parts.model)))
         with self._stopwatch.phase("update"):
-            for optimizer in parts.optimizers:
-                parts.scaler.step(optimizer)
-            parts.scaler.update()
+            used = self._stepping.update(own_loss, self._pass_again)
         self._record_step(step)
+        return used
 
     def _before_measuring(self, step: int) -> Tensor | None:
         """Returns the gradients if what is done to them is to be measured in this step; rank 0 does."""
@@ -234,6 +245,7 @@ class Trainer:
             seconds |= {phase.phase: phase.seconds for phase in record.phases}
             self._recorder.preconditioner(step, record)
         self._recorder.phases(step, seconds, refresh=refresh)
+        self._stepping.record(self._recorder, step)
 
     def _after_step(self, *, is_end_of_epoch: bool) -> None:
         progress, rule = self.progress, self._config.checkpoint

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Returns the sum of the samples' cross-entropies, in float32.
+    """Returns the sum of the samples' cross-entropies, in float32 or float64.
 
     Args:
         outputs: logits, ``(n, classes)``.
@@ -14,7 +15,9 @@ def cross_entropy(outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Te
         smoothing: share of the target that is spread over all classes. To spread it over the others alone, as
             HyLo's published code does, take ``smoothing * classes / (classes - 1)``.
     """
-    return nn.functional.cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=smoothing)
+    # half precision is not enough for a sum
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def dice(outputs: Tensor, masks: Tensor, smooth: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
@@ -12,10 +12,12 @@ from torch import Tensor
 from hpcsngd import dist, rundir
 from hpcsngd.config.experiment import Diagnostics
 from hpcsngd.optim import StepRecord
+from hpcsngd.optim.lbfgs import Counts
 from hpcsngd.optim.quantify import Quantify
 from hpcsngd.rundir import CsvWriter, RunDir
 from hpcsngd.tables import TABLES
 from hpcsngd.train.faults import SettingError
+from hpcsngd.train.parameter_server.engine import Part
 
 
 @dataclass
@@ -186,6 +188,24 @@ class Recorder:
         """Writes a row of quantify.csv."""
         self._put("quantify", **self._place(step), **asdict(measured))
 
+    def lbfgs(self, step: int, objective: float, counts: Counts) -> None:
+        """Writes a row of lbfgs.csv."""
+        self._put("lbfgs", **self._place(step), objective=objective, **asdict(counts))
+
+    def staleness(self, step: int, parts: Sequence[Part]) -> None:
+        """Writes rows of staleness.csv: the pushes in one update of a parameter server."""
+        for part in parts:
+            self._put(
+                "staleness",
+                **self._place(step),
+                worker=part.worker,
+                pulled=part.pulled,
+                staleness=part.staleness,
+                work=part.work,
+                delay_ms=1000 * part.delay_s,
+                utc=rundir.utc_now(),
+            )
+
     def phases(self, step: int, seconds: Mapping[str, float], *, refresh: bool) -> None:
         """Writes rows of this rank's profiling file.
 
@@ -268,7 +288,7 @@ class Recorder:
 
 
 def _tables(diagnostics: Diagnostics) -> list[str]:
-    wanted = ["train", "eval", "dice", "confusion", "switches", "quantify"]
+    wanted = ["train", "eval", "dice", "confusion", "switches", "quantify", "staleness", "lbfgs"]
     if diagnostics.profiling:
         wanted += ["profiling", "communication", "memory"]
     if diagnostics.rank_analysis:

@@ -4,7 +4,8 @@ The order of an epoch follows from (seed, epoch) alone and is cut into global st
 and the global batch alone; ranks then share each step. So the samples of step k are the same for any number
 of ranks with the same global batch, and training can be resumed at any step, even on another number of ranks.
 
-Every sample is used exactly once per epoch: nothing is padded, repeated or dropped.
+Every sample is used exactly once per epoch: nothing is padded, repeated or dropped. Only where consecutive
+steps are to overlap does a step also have the last samples of the one before, which is what it says.
 """
 
 from __future__ import annotations
@@ -62,12 +63,18 @@ class ShardedSampler(Sampler[list[int]]):
     Args:
         samples: size of the training set.
         batch_size: samples per rank and micro-batch.
-        accumulate: micro-batches per step.
+        accumulate: micro-batches per step; None: as many as the whole set takes, which then is one step.
         rank: this rank.
         ranks: number of ranks.
         seed: of the order.
         blocks: sizes of consecutive parts of the set that are gone through one after the other, in a new
             order each epoch (files, of which one is in memory); default: one part.
+        by_block: whether each block is one step.
+        overlap: share of a step's own samples, its last ones, that belong to the next step of the epoch too.
+
+    Attributes:
+        global_batch: own samples of a full step, all ranks.
+        sizes: samples of every step of the epoch, all ranks, those of the step before included.
     """
 
     def __init__(
@@ -75,17 +82,26 @@ class ShardedSampler(Sampler[list[int]]):
         samples: int,
         batch_size: int,
         *,
-        accumulate: int = 1,
+        accumulate: int | None = 1,
         rank: int = 0,
         ranks: int = 1,
         seed: int = 0,
         blocks: Sequence[int] | None = None,
+        by_block: bool = False,
+        overlap: float = 0.0,
     ) -> None:
         self._batch_size, self._rank, self._ranks, self._seed = batch_size, rank, ranks, seed
-        self.global_batch = batch_size * accumulate * ranks
-        self.sizes: Sequence[int] = step_sizes(samples, self.global_batch, ranks)
-        self._blocks = list(blocks or [samples])
+        self._blocks, self._by_block, self._overlap = list(blocks or [samples]), by_block, overlap
         self._epoch, self._first_step = 0, 0
+        self._order_of: tuple[int, list[int]] = (-1, [])
+        self.global_batch = samples if accumulate is None else batch_size * accumulate * ranks
+        if by_block:
+            self.global_batch = max(self._blocks)
+            if min(self._blocks) < ranks:
+                raise SettingError(f"a file of {min(self._blocks)} samples cannot be shared by {ranks} ranks")
+            self._set_own(self._block_sizes())
+        else:
+            self._set_own(step_sizes(samples, self.global_batch, ranks))
 
     @property
     def epoch(self) -> int:
@@ -100,34 +116,75 @@ class ShardedSampler(Sampler[list[int]]):
     def start_at(self, epoch: int, step: int = 0) -> None:
         """Sets where the next iteration begins: epoch from 0, step within the epoch from 0."""
         self._epoch, self._first_step = epoch, step
+        if self._by_block:
+            self._set_own(self._block_sizes())
 
     def micro_batches_in(self, step: int) -> int:
         """Returns the number of micro-batches of a step within the epoch."""
-        return micro_batch_count(self.sizes[step], self._batch_size, self._ranks)
+        return self._count(self.sizes[step])
+
+    def batch(self, step: int) -> list[list[int]]:
+        """Returns this rank's micro-batches of a step within the epoch."""
+        stop = self._stops[step]
+        return self._cut(stop - self.sizes[step], stop)
+
+    def shared(self, step: int) -> list[list[int]]:
+        """Returns this rank's micro-batches of those samples of a step that the next one has too."""
+        return self._cut(self._stops[step] - self.shared_size(step), self._stops[step])
+
+    def shared_size(self, step: int) -> int:
+        """Returns how many samples a step shares with the next one, all ranks: if any, one each at least."""
+        own = self._own[step]
+        return min(own, max(self._ranks, round(self._overlap * own))) if self._overlap else 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        start = sum(self.sizes[: self._first_step])
         for step in range(self._first_step, self.steps_per_epoch):
-            size = self.sizes[step]
-            shares = even_parts(size, self._ranks)
-            place = start + sum(shares[: self._rank])
-            for part in even_parts(shares[self._rank], self.micro_batches_in(step)):
-                yield order[place : place + part]
-                place += part
-            start += size
+            yield from self.batch(step)
 
-    def _order(self) -> list[int]:
-        """Returns the samples in the order of the epoch."""
-        generator = seeds.generator(self._seed, "order", self._epoch)
+    def _set_own(self, sizes: list[int]) -> None:
+        self._own, self._stops = sizes, list(itertools.accumulate(sizes))
+        earlier = [0, *(self.shared_size(step) for step in range(len(sizes) - 1))]
+        self.sizes: Sequence[int] = [own + more for own, more in zip(sizes, earlier, strict=True)]
+
+    def _count(self, size: int) -> int:
+        return micro_batch_count(size, self._batch_size, self._ranks)
+
+    def _cut(self, start: int, stop: int) -> list[list[int]]:
+        """Returns this rank's micro-batches of a stretch of the epoch's order."""
+        order, shares = self._current_order(), even_parts(stop - start, self._ranks)
+        place, parts = start + sum(shares[: self._rank]), []
+        for part in even_parts(shares[self._rank], self._count(stop - start)):
+            parts.append(order[place : place + part])
+            place += part
+        return parts
+
+    def _current_order(self) -> list[int]:
+        if self._order_of[0] != self._epoch:
+            self._order_of = (self._epoch, self.order(self._epoch))
+        return self._order_of[1]
+
+    def order(self, epoch: int) -> list[int]:
+        """Returns all samples in the order of an epoch, counted from 0."""
+        generator = self._generator(epoch)
         if len(self._blocks) == 1:
             whole: list[int] = torch.randperm(self._blocks[0], generator=generator).tolist()
             return whole
         starts = [0, *itertools.accumulate(self._blocks)]
         order: list[int] = []
-        for block in torch.randperm(len(self._blocks), generator=generator).tolist():
+        for block in self._block_order(generator):
             order += (torch.randperm(self._blocks[block], generator=generator) + starts[block]).tolist()
         return order
+
+    def _block_sizes(self) -> list[int]:
+        return [self._blocks[block] for block in self._block_order(self._generator(self._epoch))]
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return seeds.generator(self._seed, "order", epoch)
+
+    def _block_order(self, generator: torch.Generator) -> list[int]:
+        """Returns the blocks in the order of an epoch."""
+        blocks: list[int] = torch.randperm(len(self._blocks), generator=generator).tolist()
+        return blocks
 
 
 class EvaluationSampler(Sampler[list[int]]):

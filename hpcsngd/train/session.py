@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hpcsngd import dist, rundir
+from hpcsngd.config import experiment as schema
 from hpcsngd.config import resolve
 from hpcsngd.config.experiment import Experiment
+from hpcsngd.optim.lbfgs import LBFGS
 from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
 from hpcsngd.train import data, devices, models, optimizers, seeds, tasks
@@ -23,12 +25,14 @@ from hpcsngd.train.loop import Parts, Trainer
 from hpcsngd.train.metrics import Progress, Recorder
 from hpcsngd.train.pulse import Pulse
 from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler
+from hpcsngd.train.stepping import ClosureStepping, GradientStepping, Stepping
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import STRATEGIES
 
 log = logging.getLogger(__name__)
 
 _REHEARSAL_BATCH = 2
+_OVERLAP = 0.25
 
 
 def train(
@@ -57,15 +61,7 @@ def train(
         devices.use_deterministic_operations()
     splits = data.load(config.data, resolved.site.data_root, seed=config.seed)
     parts = _build_parts(run, config, splits, device)
-    sampler = ShardedSampler(
-        len(splits.train),
-        config.batch_size,
-        accumulate=config.accumulate,
-        rank=dist.rank(),
-        ranks=dist.world_size(),
-        seed=config.seed,
-        blocks=splits.train.blocks,
-    )
+    sampler = _sampler(config, splits.train)
     checkpoints = Checkpoints(run.checkpoints_dir, config.checkpoint.keep)
     progress = _resume(checkpoints, config, parts, sampler)
     recorder = Recorder(
@@ -77,13 +73,13 @@ def train(
         first_step=progress.step,
         evaluated=splits.evaluated,
     )
-    train_batches, test_batches = _loaders(config, splits, sampler, device)
+    stepping, test_batches = _batches(config, splits, sampler, parts)
     with recorder, StopRequest(run.attempt(attempt).stop_request) as stop_request:
         trainer = Trainer(
             config,
             parts,
             sampler=sampler,
-            train=train_batches,
+            stepping=stepping,
             test=test_batches,
             task=tasks.build(config, splits.num_classes, splits.test.groups),
             recorder=recorder,
@@ -96,8 +92,8 @@ def train(
         if dist.rank() == 0:
             wall = {"wall_s": recorder.wall_s}
             if is_finished:
-                result = _result(config, progress, parts.model, splits.evaluated) | wall
-                rundir.write_yaml(run.attempt(attempt).finished_yaml, result)
+                facts = result(config, progress, parts.model, splits.evaluated) | wall
+                rundir.write_yaml(run.attempt(attempt).finished_yaml, facts)
             else:
                 rundir.write_yaml(run.attempt(attempt).stopped_yaml, {"step": progress.step, **wall})
         pulse.at("done")
@@ -109,11 +105,7 @@ def train(
 def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> Parts:
     scaler = devices.make_scaler(config.precision, device)
     images = splits.train
-    seeds.seed_streams(seeds.derive(config.seed, "weights"))
-    model = build_model(config, splits, device)
-    if dist.rank() == 0:
-        _summarize(run, model, images, device)
-        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
+    model = new_model(run, config, splits, device)
     strategy = STRATEGIES[config.strategy]()
     trained = strategy.prepare(model, device)
     shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
@@ -130,6 +122,16 @@ def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: t
             log.info("layer %s keeps its plain gradient: %s", name, reason)
     built = optimizers.build_optimizers(model, config.optimizer)
     return Parts(model, trained, strategy, built, preconditioner, scaler, device)
+
+
+def new_model(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
+    """Returns a run's model with its initial weights; rank 0 writes down what it is made of."""
+    seeds.seed_streams(seeds.derive(config.seed, "weights"))
+    model = build_model(config, splits, device)
+    if dist.rank() == 0:
+        _summarize(run, model, splits.train, device)
+        rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
+    return model
 
 
 def build_model(config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
@@ -198,9 +200,25 @@ def _check_fits(loaded: Loaded, sampler: ShardedSampler) -> None:
         )
 
 
-def _loaders(
-    config: Experiment, splits: data.Splits, sampler: ShardedSampler, device: torch.device
-) -> tuple[DataLoader[data.Batch], DataLoader[data.Batch]]:
+def _sampler(config: Experiment, samples: data.Samples) -> ShardedSampler:
+    lbfgs = config.optimizer if isinstance(config.optimizer, schema.LBFGS) else None
+    overlaps = lbfgs is not None and lbfgs.batches == "overlap"
+    return ShardedSampler(
+        len(samples),
+        config.batch_size,
+        accumulate=None if config.strategy == "full_batch" else config.accumulate,
+        rank=dist.rank(),
+        ranks=dist.world_size(),
+        seed=config.seed,
+        blocks=samples.blocks,
+        by_block=lbfgs is not None and lbfgs.batches == "file",
+        overlap=(lbfgs.overlap or _OVERLAP) if lbfgs is not None and overlaps else 0.0,
+    )
+
+
+def _batches(
+    config: Experiment, splits: data.Splits, sampler: ShardedSampler, parts: Parts
+) -> tuple[Stepping, DataLoader[data.Batch]]:
     evaluation = EvaluationSampler(
         len(splits.test),
         config.eval_batch_size or config.batch_size,
@@ -208,14 +226,20 @@ def _loaders(
         ranks=dist.world_size(),
         groups=list(splits.test.groups.values()),
     )
-    workers, pin = config.data.workers, device.type == "cuda"
-    return (
-        data.loader(splits.train, data.EpochSampler(sampler), workers=workers, pin=pin),
-        data.loader(splits.test, evaluation, workers=workers, pin=pin),
-    )
+    workers, pin = config.data.workers, parts.device.type == "cuda"
+    test = data.loader(splits.test, evaluation, workers=workers, pin=pin)
+    first = parts.optimizers[0]
+    if isinstance(first, LBFGS):
+        lbfgs = ClosureStepping(
+            first, parts.model, splits.train, sampler, seed=config.seed, workers=workers, pin=pin
+        )
+        return lbfgs, test
+    train = data.loader(splits.train, data.EpochSampler(sampler), workers=workers, pin=pin)
+    return GradientStepping(train, sampler, parts.optimizers, parts.scaler), test
 
 
-def _result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
+def result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
+    """Returns what ``finished.yaml`` says of a run's training."""
     return {
         f"{evaluated}_accuracy": progress.test.accuracy,
         f"{evaluated}_loss": progress.test.mean_loss,

@@ -96,4 +96,5 @@ class DDPStrategy:
         return dist.world_size() / samples
 
 
-STRATEGIES: dict[str, Callable[[], Strategy]] = {"ddp": DDPStrategy}
+# full_batch differs in what a step is made of, which the sampler knows, not in how ranks work together
+STRATEGIES: dict[str, Callable[[], Strategy]] = {"ddp": DDPStrategy, "full_batch": DDPStrategy}

@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pulse = Pulse(rank)
         with Heartbeat(pulse, run.attempt(options.attempt).heartbeats):
             is_finished = _train(run, options.attempt, started, pulse)
+    except faults.DismissedError as error:
+        log.error("%s", error)  # noqa: TRY400 - what has happened is known
+        return EXIT_FAILED
     except Exception as error:
         _record(rundir.RunDir(options.run_dir).attempt(options.attempt), error, rank)
         return EXIT_FAILED
@@ -62,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(run: rundir.RunDir, attempt: int, started: float, pulse: Pulse) -> bool:
+    if run.record()["config"]["experiment"]["strategy"] == "parameter_server":
+        from hpcsngd.train.parameter_server import session as served
+
+        return served.train(run, attempt, started=started, pulse=pulse)
     from hpcsngd import dist
     from hpcsngd.train import devices, session
 

@@ -234,6 +234,8 @@ def _curvature(rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
                 "worker": 1 + step % 2,
                 "pulled": step - 1 - step % 3,
                 "staleness": step % 3,
+                "work": step - 1,
+                "delay_ms": 30.0,
             }
             for step in range(3, 21)
         ],

@@ -290,6 +290,18 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
         assert torch.equal(run(8, None), run(8, stop_after))
 
 
+def test_restored_pairs_are_the_same_to_the_last_bit() -> None:
+    """In float32, with a length whose rows begin at any address."""
+    generator = torch.Generator().manual_seed(0)
+    pairs, again = SecantPairs(8), SecantPairs(8)
+    for _ in range(8):
+        s = torch.randn(9391, generator=generator)
+        assert pairs.add(s, s + 0.1 * torch.randn(9391, generator=generator)) == "kept"
+    again.load_state_dict(pairs.state_dict(), torch.zeros(9391))
+    vector = torch.randn(9391, generator=generator)
+    assert torch.equal(pairs.multiply(vector), again.multiply(vector))
+
+
 def test_foreign_states_are_refused() -> None:
     optimizer = LBFGS([vector(1.0, 2.0)])
     with pytest.raises(ValueError, match="no counts and no pairs: it is not of L-BFGS"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from itertools import chain
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -167,3 +168,69 @@ def test_groups_are_evaluated_whole() -> None:
         for rank in range(3)
     ]
     assert seen == [[0, 1, 2, 8, 9], [3], [4, 5, 6, 7]]
+
+
+# Steps that overlap, that are files, that are everything
+
+
+@given(SHAPES, st.floats(0.05, 1.0))
+def test_overlapping_steps_share_their_last_samples(shape: tuple[int, int, int, int], overlap: float) -> None:
+    samples, batch, ranks, accumulate = shape
+    if samples < ranks:
+        return
+    arguments: list[dict[str, Any]] = [
+        {"accumulate": accumulate, "rank": r, "ranks": ranks} for r in range(ranks)
+    ]
+    plain = [ShardedSampler(samples, batch, seed=5, **each) for each in arguments]
+    parts = [ShardedSampler(samples, batch, seed=5, overlap=overlap, **each) for each in arguments]
+    before: list[int] = []
+    for step in range(plain[0].steps_per_epoch):
+        own = [index for part in plain for micro in part.batch(step) for index in micro]
+        joined = [index for part in parts for micro in part.batch(step) for index in micro]
+        shared = [index for part in parts for micro in part.shared(step) for index in micro]
+        assert joined == before + own
+        assert len(joined) == parts[0].sizes[step]
+        assert len(shared) == min(len(own), max(ranks, round(overlap * len(own))))
+        assert shared == own[len(own) - len(shared) :]
+        for part in parts:
+            assert len(part.batch(step)) == part.micro_batches_in(step)
+            assert min(map(len, part.shared(step))) >= 1
+        before = shared
+
+
+def test_without_overlap_nothing_is_shared() -> None:
+    assert ShardedSampler(40, 8).shared_size(0) == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_step_can_be_a_file(ranks: int) -> None:
+    parts = [
+        ShardedSampler(14, 2, blocks=[5, 3, 6], by_block=True, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    files = [set(range(5)), set(range(5, 8)), set(range(8, 14))]
+    orders = set()
+    for epoch in range(4):
+        for part in parts:
+            part.start_at(epoch)
+        steps = [[set(chain(*part.batch(step))) for part in parts] for step in range(3)]
+        assert [len(set().union(*step)) for step in steps] == list(parts[0].sizes)
+        # each step is one file, no sample on two ranks
+        assert sorted(map(sorted, (set().union(*step) for step in steps))) == [sorted(each) for each in files]
+        assert all(sum(map(len, step)) == len(set().union(*step)) for step in steps)
+        orders.add(tuple(parts[0].sizes))
+    assert len(orders) > 1
+    assert parts[0].global_batch == 6
+
+
+def test_a_file_smaller_than_the_ranks_is_refused() -> None:
+    with pytest.raises(SettingError, match="a file of 3 samples cannot be shared by 4 ranks"):
+        ShardedSampler(8, 2, blocks=[5, 3], by_block=True, ranks=4)
+
+
+def test_a_step_can_be_the_whole_set() -> None:
+    parts = [ShardedSampler(23, 4, accumulate=None, rank=rank, ranks=2, seed=1) for rank in range(2)]
+    assert [(part.steps_per_epoch, part.global_batch) for part in parts] == [(1, 23)] * 2
+    used = [index for part in parts for step in by_step(part) for micro in step for index in micro]
+    assert sorted(used) == list(range(23))
+    assert [part.micro_batches_in(0) for part in parts] == [3, 3]

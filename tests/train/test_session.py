@@ -172,10 +172,11 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
     run = make_run(tmp_path, **{"checkpoint.every_steps": 1})
     update = loop.Trainer._update
 
-    def spoil(self: loop.Trainer, size: int) -> None:
-        update(self, size)
+    def spoil(self: loop.Trainer, size: int, own_loss: torch.Tensor) -> int:
+        used = update(self, size, own_loss)
         if self.progress.step == 1:
             next(self._parts.model.parameters()).data[0] = float("inf")
+        return used
 
     monkeypatch.setattr(loop.Trainer, "_update", spoil)
     with pytest.raises(NotFiniteError, match=r"a weight is not finite after step 2; .* step 1 stays"):

@@ -14,7 +14,7 @@ from hpcsngd.train.models import resnet, vgg
 from hpcsngd.train.models.blurpool import add_blurpool
 from hpcsngd.train.models.densenet import densenet
 from hpcsngd.train.models.mobilenet import mobilenetv2
-from hpcsngd.train.models.small import cnn1, cnn2, conv3_linear, digits_cnn, lenet5, linear
+from hpcsngd.train.models.small import cnn1, cnn2, conv3_linear, digits_cnn, lenet5, lenet5_tanh, linear
 from hpcsngd.train.models.unet import unet
 from hpcsngd.train.models.zoo import from_torchvision
 
@@ -22,6 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits-cnn": digits_cnn,
     "3c1f": conv3_linear,
     "lenet5": lenet5,
+    "lenet5-tanh": lenet5_tanh,
     "cnn1": cnn1,
     "cnn2": cnn2,
     "linear": linear,

@@ -97,6 +97,31 @@ def test_an_epoch_opens_each_file_once(root: Path, opened: list[str]) -> None:
     assert len(second) in (9, 10)
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_ranks_share_an_epoch_without_repetition_and_pairs_stay_right(root: Path, by_block: bool) -> None:
+    """Every image is one number repeated, from which its label follows, on whichever rank it is."""
+    number = 0
+    for part in range(1, 11):
+        file = root / "imagenet32" / f"train_data_batch_{part}"
+        old = content(root, file.name)
+        count = len(old["labels"])
+        marks = np.arange(number, number + count)
+        pixels = np.repeat(marks[:, None], 3 * 32 * 32, axis=1).astype(np.uint8)
+        new = {"data": pixels, "labels": (marks % 7 + 1).tolist(), "mean": np.zeros(3 * 32 * 32)}
+        file.write_bytes(pickle.dumps(new))
+        number += count
+    seen: list[int] = []
+    for rank in range(3):
+        train = load(root).train
+        sampler = ShardedSampler(48, 2, rank=rank, ranks=3, blocks=train.blocks, by_block=by_block)
+        for wanted in data.EpochSampler(sampler):
+            images, labels = train[wanted]
+            marks = (images[:, 0, 0, 0] * 255).round().long()
+            assert torch.equal(labels, marks % 7)
+            seen += marks.tolist()
+    assert sorted(seen) == list(range(48))
+
+
 def test_only_one_file_is_in_memory(root: Path) -> None:
     train = load(root).train
     assert isinstance(train, PickledImages)

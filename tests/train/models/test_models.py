@@ -38,6 +38,7 @@ PUBLISHED: list[tuple[str, int, dict[str, Any], int]] = [
     ("3c1f", 10, {}, 5_485_958),  # HyLo's sizes: 9*9*128 x 500, see test_3c1f_has_the_published_layers
     ("lenet5", 10, {}, 61_706),  # OptML study, as are the next six
     ("cnn1", 10, {}, 1_199_882),
+    ("lenet5-tanh", 1000, {}, 146_156),  # CS535 study
     ("cnn2", 10, {}, 2_122_186),
     ("cnn2", 100, {}, 2_168_356),
     ("resnet18-cifar", 10, {}, 11_173_962),

@@ -235,10 +235,14 @@ def test_a_replay_repeats_a_run_bit_for_bit() -> None:
     again, same = run(events)
     assert same == events
     assert torch.equal(free, again)
-    turns = [event for w in (1, 2, 3) for _ in range(15) for event in (("pull", w), ("push", w))]
-    other, followed = run(turns)
-    assert followed == turns
-    assert not torch.equal(other, free)
+    by_worker = [event for w in (1, 2, 3) for _ in range(15) for event in (("pull", w), ("push", w))]
+    in_rounds = [(verb, w) for _ in range(15) for verb in ("pull", "push") for w in (1, 2, 3)]
+    ends = []
+    for turns in (by_worker, in_rounds):
+        end, followed = run(turns)
+        assert followed == turns
+        ends.append(end)
+    assert not torch.equal(*ends)
 
 
 def test_a_resumed_engine_goes_on() -> None:
