@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 TORCHVISION_PREFIX = "torchvision/"
 
@@ -39,6 +39,47 @@ MODELS: dict[str, str] = {
     "unet": "U-Net with batch norm, 32 features, for segmentation",
 }
 
+# the same for networks of text, which are built for a vocabulary
+TEXT_MODELS: dict[str, str] = {
+    "transformer": "encoder-decoder Transformer for translation; by default the base size of its paper",
+    "lstm-lm": "LSTM language model",
+    "gru-lm": "GRU language model",
+    "transformer-lm": "causal Transformer encoder as language model",
+    "encoder": "BERT, DistilBERT, RoBERTa, ... of the library transformers, from the folder data.tokenizer",
+}
+
+# what models are for; the others are for classification alone
+MODEL_TASKS: dict[str, tuple[str, ...]] = {
+    "unet": ("segmentation",),
+    "transformer": ("translation",),
+    "lstm-lm": ("language_modelling",),
+    "gru-lm": ("language_modelling",),
+    "transformer-lm": ("language_modelling",),
+    "encoder": ("classification", "regression", "question_answering"),
+}
+
+# text model -> the sizes that --smoke gives it
+SMALL_ARGS: dict[str, dict[str, Any]] = {
+    "transformer": {"width": 16, "inner": 32, "heads": 2, "layers": 1},
+    "lstm-lm": {"width": 8, "hidden": 8},
+    "gru-lm": {"width": 8, "hidden": 8},
+    "transformer-lm": {"width": 16, "inner": 16, "heads": 2, "layers": 1},
+    # its sizes are those of the folder it comes from
+    "encoder": {},
+}
+
+# name of the folder with the encoder that --smoke takes
+SMALL_ENCODER = "tiny-bert"
+
+Task = Literal[
+    "classification",
+    "segmentation",
+    "translation",
+    "language_modelling",
+    "regression",
+    "question_answering",
+]
+
 
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -53,6 +94,7 @@ class DatasetFacts:
         system_paths: absolute places where a package manager puts the data.
         get: how a person gets the data.
         task: what can be learned from it.
+        kind: what its samples are.
         evaluated: which part is evaluated: a ``test`` set, or a ``validation`` set.
         resizes: whether ``data.size`` may be chosen.
         has_parts: whether the training set comes in several files, of which one is in memory at a time.
@@ -65,7 +107,8 @@ class DatasetFacts:
     files: tuple[str, ...] = ()
     system_paths: tuple[str, ...] = ()
     get: str = ""
-    task: Literal["classification", "segmentation"] = "classification"
+    task: Task = "classification"
+    kind: Literal["images", "text"] = "images"
     evaluated: Literal["test", "validation"] = "test"
     resizes: bool = False
     has_parts: bool = False
@@ -131,6 +174,56 @@ def _small_imagenet(size: int) -> DatasetFacts:
     )
 
 
+def _tokens(name: str, folders: tuple[str, ...], description: str, extension: str, get: str) -> DatasetFacts:
+    """Returns the facts of a text in three files, whose tokens are separated by blanks."""
+    files = tuple(f"{name}.{part}.{extension}" for part in ("train", "valid", "test"))
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=(*(f"{folder}/{files[0]}" for folder in folders), files[0]),
+        folders=folders,
+        files=files,
+        get=f"{get}, put {', '.join(files)} into <data root>/{folders[0]}",
+        task="language_modelling",
+        kind="text",
+        evaluated="validation",
+    )
+
+
+def _glue(
+    folder: str, description: str, *, dev: tuple[str, ...] = ("dev.tsv",), task: Task = "classification"
+) -> DatasetFacts:
+    """Returns the facts of a task of GLUE, as its archive unpacks."""
+    folders = tuple(f"{parent}{folder}" for parent in ("", "glue/", "GLUE/", "glue_data/"))
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=tuple(f"{place}/train.tsv" for place in folders),
+        folders=folders,
+        files=("train.tsv", *dev),
+        get=f"unpack GLUE's {folder} below the data root, which makes <data root>/{folder}/train.tsv",
+        task=task,
+        kind="text",
+        evaluated="validation",
+    )
+
+
+def _squad(version: str, description: str) -> DatasetFacts:
+    files = tuple(f"{part}-{version}.json" for part in ("train", "dev"))
+    folders = (f"squad-{version}", "squad", "SQuAD")
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=(*(f"{folder}/{files[0]}" for folder in folders), files[0]),
+        folders=folders,
+        files=files,
+        get=f"put {' and '.join(files)} into <data root>/squad",
+        task="question_answering",
+        kind="text",
+        evaluated="validation",
+    )
+
+
 DATASETS: dict[str, DatasetFacts] = {
     "digits": DatasetFacts("1,797 real 8x8 handwritten digits that come with scikit-learn"),
     "mnist": _idx(
@@ -181,4 +274,61 @@ DATASETS: dict[str, DatasetFacts] = {
         "targets_val.pt (float (n, d) and int64 (n,))",
         evaluated="validation",
     ),
+    "multi30k": DatasetFacts(
+        "29,000 + 1,014 + 1,000 captions of images, English and German",
+        needs_root=True,
+        probes=("multi30k/train.de", "train.de"),
+        folders=("multi30k",),
+        files=(
+            "train.de",
+            "train.en",
+            "val.de",
+            "val.en",
+            "test.de|test_2016_flickr.de|test2016.de",
+            "test.en|test_2016_flickr.en|test2016.en",
+        ),
+        get="unpack training.tar.gz, validation.tar.gz and mmt16_task1_test.tar.gz of WMT 2016's multimodal "
+        "task into <data root>/multi30k: train.de, train.en, val.de, val.en, test.de and test.en",
+        task="translation",
+        kind="text",
+        evaluated="validation",
+    ),
+    "ptb": _tokens(
+        "ptb",
+        ("ptb", "simple-examples/data", "penn"),
+        "Penn Treebank as Mikolov prepared it: 929,589 + 73,760 + 82,430 tokens, 10,000 words",
+        "txt",
+        "unpack simple-examples.tgz below the data root, or, file by file",
+    ),
+    "wikitext2": _tokens(
+        "wiki",
+        ("wikitext-2",),
+        "WikiText-2: 2,088,628 + 217,646 + 245,569 tokens of Wikipedia, 33,278 words",
+        "tokens",
+        "unpack wikitext-2-v1.zip below the data root, or, file by file",
+    ),
+    "wikitext103": _tokens(
+        "wiki",
+        ("wikitext-103",),
+        "WikiText-103: 103,227,021 + 217,646 + 245,569 tokens of Wikipedia, 267,735 words",
+        "tokens",
+        "unpack wikitext-103-v1.zip below the data root, or, file by file",
+    ),
+    "cola": _glue("CoLA", "GLUE: is a sentence grammatical; 8,551 + 1,043 sentences"),
+    "sst2": _glue("SST-2", "GLUE: is a review positive; 67,349 + 872 sentences"),
+    "mrpc": _glue("MRPC", "GLUE: do two sentences say the same; 3,668 + 408 pairs"),
+    "qqp": _glue("QQP", "GLUE: do two questions ask the same; 363,846 + 40,430 pairs"),
+    "stsb": _glue(
+        "STS-B", "GLUE: how alike are two sentences, 0 to 5; 5,749 + 1,500 pairs", task="regression"
+    ),
+    "mnli": _glue(
+        "MNLI",
+        "GLUE: does one sentence entail another; 392,702 + 9,815 matched + 9,832 mismatched pairs",
+        dev=("dev_matched.tsv", "dev_mismatched.tsv"),
+    ),
+    "qnli": _glue("QNLI", "GLUE: does a sentence answer a question; 104,743 + 5,463 pairs"),
+    "rte": _glue("RTE", "GLUE: does one sentence entail another; 2,490 + 277 pairs"),
+    "wnli": _glue("WNLI", "GLUE: who does a pronoun stand for; 635 + 71 pairs"),
+    "squad": _squad("v1.1", "SQuAD v1.1: 87,599 + 10,570 questions on paragraphs of Wikipedia"),
+    "squadv2": _squad("v2.0", "SQuAD v2: 130,319 + 11,873 questions, of which some have no answer"),
 }

@@ -71,7 +71,8 @@ class MFAC(Windowed):
         weight_decay: coupled: preconditioned, not stored; see `hpcsngd.optim.decay`.
         clip_norm: largest norm of the result.
         clip_value: largest absolute entry of the result.
-        skip: modules whose parameters keep their plain gradient; needs a model.
+        skip: modules by class or regular expression, such as ``["BatchNorm2d"]``, whose parameters train with
+            their plain gradient; needs a model.
         dtype: of window and products; default: the parameters', at least float32.
         seed: of low-rank storage's first subspace.
         profile: whether to time the phases.
