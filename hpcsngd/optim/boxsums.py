@@ -35,14 +35,17 @@ def box_sums(x: Tensor, boxes: Sequence[Sequence[slice]], dtype: torch.dtype) ->
     Returns:
         New memory, also where a box holds a single entry.
     """
-    size = tuple(x.shape[2:])
-    spans = tuple(tuple(s.indices(n) for s in slices) for slices, n in zip(boxes, size, strict=True))
-    plan = _plan(spans, size, dtype, x.device)
+    n, channels, *size = x.shape
+    spans = tuple(
+        tuple(s.indices(length) for s in slices) for slices, length in zip(boxes, size, strict=True)
+    )
+    plan = _plan(spans, tuple(size), dtype, x.device)
     if plan.segments:
         parts = [_summed(x[:, :, first:last:step], dtype) for first, last, step in plan.segments]
         x = torch.stack(parts, 2)
-    sums = x.to(dtype).reshape(-1, plan.indicator.shape[1]) @ plan.indicator.T
-    return sums.reshape(len(x), -1)
+    taps, entries = plan.indicator.shape
+    sums = x.to(dtype).reshape(n * channels, entries) @ plan.indicator.T
+    return sums.reshape(n, channels * taps)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -59,3 +60,17 @@ def test_sums_are_taken_in_the_dtype_asked_for() -> None:
     found = box_sums(x, [[slice(0, 4096)]], torch.float32)
     assert found.dtype == torch.float32
     assert float(found) == 4096 * float(x[0, 0, 0])
+
+
+@pytest.mark.parametrize("length", [4, 40])
+def test_a_batch_without_samples_has_no_sums(length: int) -> None:
+    boxes = [[slice(0, length - 1), slice(0, length), slice(1, length)]] * 2
+    assert box_sums(torch.empty(0, 3, length, length), boxes, torch.float32).shape == (0, 27)
+
+
+def test_a_bright_border_costs_no_digits() -> None:
+    """A total less the border would leave the rounding of the border."""
+    x = torch.ones(1, 1, 40, 40)
+    x[:, :, 0] = 1e9
+    found = box_sums(x, [[slice(0, 40), slice(1, 40)], [slice(0, 40)]], torch.float32)
+    assert found[0, 1] == 39 * 40
