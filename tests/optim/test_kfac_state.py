@@ -178,6 +178,9 @@ def test_verify_says_why_it_skips(capsys: pytest.CaptureFixture[str]) -> None:
         "280 entries, more than max_entries=130",
         "not among the 1 layers sampled",
     ]
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "compared with the dense formula:"
+    assert lines == list(map(str, checks))
 
 
 def test_dropin() -> None:
