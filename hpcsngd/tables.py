@@ -187,7 +187,7 @@ _ALL = (
                 "kind",
                 "str",
                 "",
-                "captured (this rank's rows, before the exchange), rows, factors, comparison, ...",
+                "captured (this rank's rows, before the exchange), rows, factors, window, error, ...",
             ),
             Column("size_bytes", "int", "B", "held by the preconditioner on rank 0 after the step"),
         ),

@@ -244,7 +244,8 @@ def test_what_keeps_the_published_scaling_has_a_corrected_sibling(name: str) -> 
     assert isinstance(sibling.preconditioner, HyLo)
     assert sibling.preconditioner.conv_mode == "reduce"
     assert sibling.preconditioner.damping != method.damping
-    assert "not tuned" in " ".join(sibling.corrections)
+    # where the number comes from; tests/test_benchmarks_damping.py holds it against the study
+    assert re.search(r"damping.* tuned .*benchmarks/", " ".join(sibling.corrections))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("-hylo", "-sngd"))])

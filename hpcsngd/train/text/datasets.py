@@ -78,5 +78,5 @@ def load_squad(root: Path | None, config: schema.Data) -> Splits:
 def _windows(encoder: Path, tokenizer: Any, questions: list[squad.Question], config: schema.Data) -> Windows:
     length = config.max_length or SQUAD_LENGTH
     stride = SQUAD_STRIDE if config.doc_stride is None else config.doc_stride
-    windows = list(cut(tokenizer, questions, length, stride))
+    windows = cut(tokenizer, questions, length, stride)
     return Windows(encoder, questions, windows, length=length, padding=tokenizer.pad_token_id)
