@@ -9,7 +9,7 @@ against each other show the noise. ``HyLo alone`` is the CPU time inside HyLo's 
 over that of an SGD step: no difference of two large numbers, so the figure to trust.
 
 Stagger. ``HyLo alone`` at refresh_every 10 with staggering: the mean and the worst of the ten steps of a
-period, each the lower of two periods, plus 1 for the SGD step.
+period, plus 1 for the SGD step. ResNet-32: each step the lower of two periods.
 
 Memory. Peak resident memory of a process of its own for each case, less that of plain SGD; beside it the
 bytes that HyLo reports to hold between steps.
@@ -19,26 +19,25 @@ Bytes. Handed to collectives per refresh by rank 0 of 1, 2 and 4 ranks, and what
 
 from __future__ import annotations
 
-import os
-
-# libgomp's threads otherwise spin while they wait, which counts as CPU time; before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import argparse
-import multiprocessing
-import re
 import statistics
-import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from hpcsngd import dist
-from hpcsngd.optim import HyLo, stopwatch
-from hpcsngd.train import models
+from benchmarks.common import (
+    PERIOD,
+    RANKS,
+    SHAPES,
+    Shape,
+    Trainer,
+    arguments,
+    print_memory,
+    print_stagger,
+    size_of_run,
+)
+from hpcsngd.optim import HyLo
 from tests.ranks import run_on_ranks
 
 CASES: dict[str, dict[str, Any]] = {
@@ -47,51 +46,15 @@ CASES: dict[str, dict[str, Any]] = {
     "kid": {"method": "kid", "ratio": 0.1},
     "sngd exact": {"method": "sngd", "conv_mode": "exact"},
 }
-RANKS = (1, 2, 4)
 PERIODS = (1, 10, 100)
-PARTS = ("time", "stagger", "memory", "bytes")
+#: Plain SGD beside SGD: what differences mean nothing.
+BASE = "sgd"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model of 10 classes, by its name in experiments, and the images it sees here."""
-
-    model: str
-    batch: int
-    pixels: int
-
-    def build(self) -> nn.Module:
-        """Returns the model with fresh weights."""
-        return models.build_model(self.model, 10, 3, self.pixels)
-
-
-SHAPES = {"resnet32": Shape("resnet32", 128, 32), "resnet50": Shape("torchvision/resnet50", 32, 64)}
-
-
-class Trainer:
-    """A model in training on one fixed batch of noise, with HyLo or without; every second step refreshes."""
-
-    def __init__(
-        self, shape: Shape, options: dict[str, Any] | None, batch: int, refresh_every: int = 2
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = shape.build()
-        self.x = torch.randn(batch, 3, shape.pixels, shape.pixels)
-        self.target = torch.randint(0, 10, (batch,))
-        common: dict[str, Any] = {"refresh_every": refresh_every, "rescale": "norm", "profile": True}
-        self.hylo = None if options is None else HyLo(self.model, **common, **options)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step(self) -> tuple[float, float]:
-        """Trains one step; returns the CPU seconds of it and of HyLo's phases in it."""
-        begin, inside = time.process_time(), 0.0
-        self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(self.x), self.target).backward()  # type: ignore[no-untyped-call]
-        if self.hylo is not None:
-            self.hylo.step()
-            inside = sum(phase.seconds for phase in self.hylo.diagnostics().phases)
-        self.optimizer.step()
-        return time.process_time() - begin, inside
+def build(case: str, model: nn.Module, **others: Any) -> HyLo:
+    """Returns a case for a model; every second step refreshes unless ``others`` say otherwise."""
+    common: dict[str, Any] = {"refresh_every": 2, "rescale": "norm", "profile": True}
+    return HyLo(model, **common | CASES[case] | others)
 
 
 @dataclass(frozen=True)
@@ -109,46 +72,19 @@ class Times:
         return (self.refresh + (period - 1) * self.plain) / period
 
 
-def measure_times(shape: Shape, options: dict[str, Any] | None, rounds: int, batch: int) -> Times:
-    """Returns the times of a case; of SGD against itself without ``options``."""
-    base, case = Trainer(shape, None, batch), Trainer(shape, options, batch)
+def measure_times(shape: Shape, case: str, rounds: int, batch: int) -> Times:
+    """Returns the times of a case."""
+    builder = None if case == BASE else partial(build, case)
+    base: Trainer[HyLo] = Trainer(shape, None, batch)
+    other = Trainer(shape, builder, batch)
     samples = []
     for index in range(rounds + 1):
-        first, refresh, second, plain = base.step(), case.step(), base.step(), case.step()
+        first, refresh, second, plain = base.step(), other.step(), base.step(), other.step()
         sgd = (first[0] + second[0]) / 2
         if index:  # the first round warms up
-            ratios = (seconds / sgd for seconds in (refresh[0], plain[0], refresh[1], plain[1]))
-            samples.append((sgd, *ratios))
+            inside = [sum(phases.values()) for _, phases in (refresh, plain)]
+            samples.append((sgd, *(seconds / sgd for seconds in (refresh[0], plain[0], *inside))))
     return Times(*(statistics.median(column) for column in zip(*samples, strict=True)))
-
-
-def measure_stagger(shape: Shape, options: dict[str, Any], batch: int) -> tuple[float, float]:
-    """Returns the mean and the worst step of a staggered period of 10 over an SGD step."""
-    period = 10
-    base, case = Trainer(shape, None, batch), Trainer(shape, {**options, "stagger": True}, batch, period)
-    base.step()
-    case.step()
-    steps = [(base.step()[0], case.step()[1]) for _ in range(2 * period)]
-    sgd = statistics.median(seconds for seconds, _ in steps)
-    ratios = [1 + min(steps[slot][1], steps[slot + period][1]) / sgd for slot in range(period)]
-    return statistics.mean(ratios), max(ratios)
-
-
-def peak_rss_mb(model: str, case: str, batch: int) -> tuple[float, float]:
-    """Returns the peak memory of four training steps in a fresh process, and what HyLo holds, in MB."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_here, (model, case, batch))
-
-
-def _peak_here(model: str, case: str, batch: int) -> tuple[float, float]:
-    trainer = Trainer(SHAPES[model], CASES.get(case), batch)
-    for _ in range(4):
-        trainer.step()
-    held = 0 if trainer.hylo is None else sum(kind.size_bytes for kind in trainer.hylo.diagnostics().memory)
-    # Not getrusage: its peak begins with that of the process that started this one.
-    (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(peak_kib) * 1024 / 1e6, held / 1e6
 
 
 @dataclass(frozen=True)
@@ -164,14 +100,12 @@ class Traffic:
 
 def traffic(model: str, case: str, batch: int) -> Traffic:
     """Returns what this rank sent in the first refresh and in the plain step after it."""
-    trainer = Trainer(SHAPES[model], CASES[case], batch)
-    assert trainer.hylo is not None
-    trainer.x += dist.rank()  # not the same samples on every rank
+    trainer = Trainer(SHAPES[model], partial(build, case), batch)
     sent = []
     for _ in range(2):
         trainer.step()
-        sent.append(sum(item.size_bytes for item in trainer.hylo.diagnostics().communication))
-    state = trainer.hylo.state_dict()
+        sent.append(trainer.sent())
+    state = trainer.method.state_dict()
     rows = {
         name: sum(tensor[0].numel() for tensor in layer["rows"]) for name, layer in state["layers"].items()
     }
@@ -207,29 +141,14 @@ def print_times(model: str, cases: list[str], rounds: int, batch: int) -> None:
     print(
         f"{'case':<12}{'SGD s':>8}{'refresh':>9}{'plain':>8}{header}{'HyLo alone: refresh':>21}{'plain':>8}"
     )
-    for case in ["sgd", *cases]:
-        times = measure_times(SHAPES[model], CASES.get(case), rounds, batch)
+    for case in [BASE, *cases]:
+        times = measure_times(SHAPES[model], case, rounds, batch)
         amortised = "".join(f"{times.amortised(period):>11.3f}" for period in PERIODS)
         inside = f"{times.refresh_inside:>21.3f}{times.plain_inside:>8.3f}"
-        print(f"{case:<12}{times.sgd_s:>8.3f}{times.refresh:>9.3f}{times.plain:>8.3f}{amortised}{inside}")
-
-
-def print_stagger(model: str, cases: list[str], batch: int) -> None:
-    print(f"\n{model}, batch {batch}, staggered over 10 steps: over an SGD step")
-    print(f"{'case':<12}{'mean step':>11}{'worst step':>12}")
-    for case in cases:
-        mean, worst = measure_stagger(SHAPES[model], CASES[case], batch)
-        print(f"{case:<12}{mean:>11.3f}{worst:>12.3f}")
-
-
-def print_memory(model: str, cases: list[str], batch: int) -> None:
-    print(f"\n{model}, batch {batch}: MB")
-    print(f"{'case':<12}{'peak':>8}{'above SGD':>11}{'held':>8}")
-    base, _ = peak_rss_mb(model, "sgd", batch)
-    print(f"{'sgd':<12}{base:>8.0f}{0:>11.0f}{0:>8.1f}")
-    for case in cases:
-        peak, held = peak_rss_mb(model, case, batch)
-        print(f"{case:<12}{peak:>8.0f}{peak - base:>11.0f}{held:>8.1f}")
+        print(
+            f"{case:<12}{times.sgd_s:>8.3f}{times.refresh:>9.3f}{times.plain:>8.3f}{amortised}{inside}",
+            flush=True,
+        )
 
 
 def print_bytes(model: str, cases: list[str], batch: int) -> None:
@@ -241,33 +160,23 @@ def print_bytes(model: str, cases: list[str], batch: int) -> None:
             least, most, plain = formula(case, ranks, batch, seen)
             text = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             counts = f"{ranks:>6}{len(seen.owners):>4}/{len(seen.rows)}{seen.refresh:>14,}"
-            print(f"{case:<12}{counts}{text:>28}{seen.plain:>12,}{plain:>12,}")
+            print(f"{case:<12}{counts}{text:>28}{seen.plain:>12,}{plain:>12,}", flush=True)
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="batch 16, 2 rounds: does it run at all")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    # HyLo times its phases by the wall; here other work shares the machine.
-    stopwatch._now = time.process_time  # noqa: SLF001
+    options = arguments(__doc__, CASES, ["resnet32", "resnet50"])
     for model in options.models:
-        batch = 16 if options.quick else SHAPES[model].batch
+        rounds, batch = size_of_run(options, model)
         if "time" in options.parts:
-            print_times(model, options.cases, 2 if options.quick else options.rounds, batch)
+            print_times(model, options.cases, rounds, batch)
         if "stagger" in options.parts:
-            print_stagger(model, options.cases, batch)
+            spread: dict[str, Any] = {"refresh_every": PERIOD, "stagger": True}
+            print_stagger(model, {case: partial(build, case, **spread) for case in options.cases}, batch)
         if "memory" in options.parts:
-            print_memory(model, options.cases, batch)
+            print_memory(model, {case: partial(build, case) for case in options.cases}, batch)
         if "bytes" in options.parts:
             # Formulas hold for any batch; four copies of a full one would not fit small machines.
-            print_bytes(model, options.cases, min(batch, 16))
+            print_bytes(model, options.cases, min(batch, 16 if model == "resnet32" else 4))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What M-FAC and GGT cost over SGD: CPU time of a step, bytes of state, and how close to the memory's speed.
 
-Run: ``python -m benchmarks.mfac [--quick] [--parts time state kernels factor] [--model resnet32]``.
+Run: ``python -m benchmarks.mfac [--quick] [--parts time state kernels factor] [--models resnet32]``.
 
 Time. Every case trains its own copy of the model beside a plain SGD copy, in one process, step by step in
 turn; its window is full. ``whole step`` is the median ratio of CPU seconds of all threads; ``own time`` is 1
@@ -19,12 +19,6 @@ is kept in blocks (mean over a few blocks), and the factor updated by two rank-1
 
 from __future__ import annotations
 
-import os
-
-# libgomp's threads otherwise spin while they wait, which counts as CPU time; before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -33,15 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsngd.optim import stopwatch
+from benchmarks.common import SHAPES, Trainer, arguments, size_of_run
 from hpcsngd.optim.factor import BLOCK, RingFactor
 from hpcsngd.optim.ggt import GGT
 from hpcsngd.optim.mfac import MFAC
 from hpcsngd.optim.window import Ring, solve_shifted
 from hpcsngd.optim.windowed import Windowed
-from hpcsngd.train import models
 
-MODELS = ("resnet20", "resnet32")
 CASES: dict[str, Callable[[nn.Module], Windowed]] = {
     "dense m=128": lambda model: MFAC(model, 128, profile=True),
     "dense m=1024": lambda model: MFAC(model, 1024, profile=True),
@@ -57,50 +49,30 @@ CASES: dict[str, Callable[[nn.Module], Windowed]] = {
     "sparse ggt 1% r=128": lambda model: GGT(model, 128, storage="sparse", profile=True),
 }
 PARTS = ("time", "state", "kernels", "factor")
+LR = 1e-4
 
 
-class Trainer:
-    """A model in training on one fixed batch of noise, with a method or without."""
-
-    def __init__(self, model: str, case: str | None, batch: int) -> None:
-        torch.manual_seed(0)
-        self.model = models.build_model(model, 10, 3, 32)
-        self.x = torch.randn(batch, 3, 32, 32)
-        self.target = torch.randint(0, 10, (batch,))
-        self.method = None if case is None else CASES[case](self.model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
-
-    def fill(self) -> None:
-        """Fills the window with noise, as large as gradients are."""
-        if self.method is not None:
-            for _ in range(self.method.capacity):
-                for parameter in self.model.parameters():
-                    parameter.grad = 1e-3 * torch.randn_like(parameter)
-                self.method.step()
-
-    def step(self) -> tuple[float, float]:
-        """Trains one step; returns the CPU seconds of it and of the method's phases in it."""
-        begin, inside = time.process_time(), 0.0
-        self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(self.x), self.target).backward()  # type: ignore[no-untyped-call]
-        if self.method is not None:
-            self.method.step()
-            inside = sum(phase.seconds for phase in self.method.diagnostics().phases)
-        self.optimizer.step()
-        return time.process_time() - begin, inside
+def fill(trainer: Trainer[Windowed]) -> None:
+    """Fills the window with noise, as large as gradients are."""
+    for _ in range(trainer.method.capacity):
+        for parameter in trainer.model.parameters():
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
+        trainer.method.step()
 
 
 def print_times(model: str, cases: list[str], rounds: int, batch: int) -> None:
     print(f"\n{model}, batch {batch}, full window: CPU seconds over an SGD step, medians of {rounds} rounds")
     print(f"{'case':<24}{'SGD s':>8}{'whole step':>12}{'own time':>10}")
     for case in [None, *cases]:
-        base, other = Trainer(model, None, batch), Trainer(model, case, batch)
-        other.fill()
+        base: Trainer[Windowed] = Trainer(SHAPES[model], None, batch, LR)
+        other = Trainer(SHAPES[model], CASES[case] if case else None, batch, LR)
+        if case:
+            fill(other)
         samples = []
         for index in range(rounds + 1):
-            (sgd, _), (whole, inside) = base.step(), other.step()
+            (sgd, _), (whole, phases) = base.step(), other.step()
             if index:
-                samples.append((sgd, whole / sgd, 1 + inside / sgd))
+                samples.append((sgd, whole / sgd, 1 + sum(phases.values()) / sgd))
         sgd_s, ratio, own = (statistics.median(column) for column in zip(*samples, strict=True))
         print(f"{case or 'sgd':<24}{sgd_s:>8.3f}{ratio:>12.3f}{own:>10.3f}", flush=True)
 
@@ -138,7 +110,7 @@ def print_state(model: str, cases: list[str]) -> None:
     print(f"\n{model}: bytes of state")
     print(f"{'case':<24}{'held':>16}{'formula':>16}{'over weights':>14}")
     for case in cases:
-        built = models.build_model(model, 10, 3, 32)
+        built = SHAPES[model].build()
         method = CASES[case](built)
         for parameter in built.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -163,9 +135,8 @@ def print_kernels(model: str, cases: list[str], repeats: int) -> None:
     print(f"\n{model}: passes over a full window; GB/s of the bytes that must move")
     print(f"{'case':<24}{'MB':>9}{'G x':>9}{'G^T c':>9}{'copy':>9}{'ms':>8}{'ms':>8}")
     for case in cases:
-        trainer = Trainer(model, case, 1)
-        trainer.fill()
-        assert trainer.method is not None
+        trainer = Trainer(SHAPES[model], CASES[case], 1)
+        fill(trainer)
         history, m = trainer.method.history, trainer.method.capacity
         size = sum(parameter.numel() for parameter in trainer.method.parameters)
         vector, coefficients = torch.randn(size), torch.randn(m, dtype=torch.float64)
@@ -224,26 +195,16 @@ def print_factor() -> None:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", choices=MODELS, default="resnet32")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="batch 16, 2 rounds, small windows")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    # Phases are timed by the wall; here other work shares the machine.
-    stopwatch._now = time.process_time  # noqa: SLF001
+    options = arguments(__doc__, CASES, ["resnet20", "resnet32"], PARTS)
     cases = [case for case in options.cases if not (options.quick and "1024" in case)]
-    rounds = 2 if options.quick else options.rounds
-    if "time" in options.parts:
-        print_times(options.model, cases, rounds, 16 if options.quick else 128)
-    if "state" in options.parts:
-        print_state(options.model, cases)
-    if "kernels" in options.parts:
-        print_kernels(options.model, cases, rounds)
+    for model in options.models:
+        rounds, batch = size_of_run(options, model)
+        if "time" in options.parts:
+            print_times(model, cases, rounds, batch)
+        if "state" in options.parts:
+            print_state(model, cases)
+        if "kernels" in options.parts:
+            print_kernels(model, cases, rounds)
     if "factor" in options.parts:
         print_factor()
 

@@ -47,8 +47,8 @@ class Preconditioner(ABC):
         Args:
             sample_scale: captured output gradients times this are the gradients of each sample's own loss;
                 default: derived from the loss reduction and the number of samples.
-            grad_scale: the factor of a gradient scaler that captured output gradients still carry; ``.grad``
-                must already be unscaled.
+            grad_scale: the factor of a gradient scaler (``GradScaler.get_scale()`` before its update) that
+                captured output gradients still carry; ``.grad`` must already be unscaled.
         """
 
     def set_progress(self, epoch: float, lr: float) -> None:  # noqa: B027 - a method may not care
@@ -78,7 +78,7 @@ class Preconditioner(ABC):
         Does nothing unless the curvature is made of other gradients than the loss's own.
 
         Args:
-            outputs: of the model, with their graph, samples first.
+            outputs: of the model, with their graph, samples first (`hpcsngd.optim.fisher` states shapes).
         """
 
     @abstractmethod

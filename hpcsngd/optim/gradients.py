@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hpcsngd.optim.base import Schedule
 from hpcsngd.optim.checks import positive
-from hpcsngd.optim.layers import Layer
 
 #: What becomes of a preconditioned gradient v: nothing; damping * v; v with the plain gradient's norm.
 Rescale = Literal["none", "damping", "norm"]
@@ -44,50 +43,33 @@ class HasParameters(Protocol):
 
 def layer_gradients(layer: HasParameters) -> list[Tensor]:
     """Returns the gradients of all the layer's parameters, or none of them."""
-    gradients = [parameter.grad for parameter in layer.parameters if parameter.grad is not None]
-    return gradients if len(gradients) == len(layer.parameters) else []
+    gradients = [parameter.grad for parameter in layer.parameters]
+    present = [gradient for gradient in gradients if gradient is not None]
+    return present if len(present) == len(gradients) else []
 
 
-def gradient_matrices(
-    layers: Sequence[Layer], rows_dtype: Callable[[Layer], torch.dtype]
-) -> dict[str, Tensor]:
-    """Returns ``(d_out, d_in)`` by name for every layer that has its gradients, as views where that can be.
-
-    Args:
-        layers: covered layers.
-        rows_dtype: layer -> dtype of what preconditions it.
-    """
-    gradients = {layer: found for layer in layers if (found := layer_gradients(layer))}
-    return {layer.name: layer.to_matrix(found).to(rows_dtype(layer)) for layer, found in gradients.items()}
+def overwrite(gradients: Iterable[Tensor], pieces: Iterable[Tensor]) -> None:
+    """Copies pieces into the gradients that they have the shapes of, all at once."""
+    targets = list(gradients)
+    if targets:
+        torch._foreach_copy_(targets, list(pieces))
 
 
-def write_gradients(layers: Sequence[Layer], matrices: Mapping[str, Tensor]) -> None:
-    """Overwrites the gradients of the layers in ``matrices``, which came from `gradient_matrices`."""
-    gradients: list[Tensor] = []
-    pieces: list[Tensor] = []
-    for layer in layers:
-        if layer.name in matrices:
-            gradients += layer_gradients(layer)
-            pieces += layer.from_matrix(matrices[layer.name])
-    if gradients:
-        torch._foreach_copy_(gradients, pieces)
-
-
-def rescaled(rescale: Rescale, results: Tensor, grads: Tensor, damping: float) -> Tensor:
-    """Returns preconditioned gradients in the size asked for.
+def rescaled(rescale: Rescale, solved: Solved) -> Tensor:
+    """Returns preconditioned gradients in the size asked for; they are overwritten where that changes.
 
     Args:
         rescale: see `Rescale`.
-        results: preconditioned gradients, shape ``(layers, d_out, d_in)``.
-        grads: plain gradients, the same shape.
-        damping: with which ``results`` were computed.
+        solved: what was preconditioned together.
     """
+    results = solved.results
     if rescale == "damping":
-        return results * damping
+        return results.mul_(solved.damping)
     if rescale == "norm":
-        norms = torch.linalg.vector_norm(results, dim=(1, 2), keepdim=True)
-        plain = torch.linalg.vector_norm(grads, dim=(1, 2), keepdim=True)
-        results = results * (plain / norms.clamp_min(torch.finfo(results.dtype).tiny))
+        others = list(range(1, results.dim()))
+        norms = torch.linalg.vector_norm(results, dim=others, keepdim=True)
+        plain = torch.linalg.vector_norm(solved.grads, dim=others, keepdim=True)
+        results.mul_(plain.div_(norms.clamp_min_(torch.finfo(results.dtype).tiny)))
     return results
 
 
@@ -119,11 +101,11 @@ class KlClip:
         if self.enabled:
             self._products.append((results * grads).sum(dtype=torch.float64))
 
-    def apply(self, layers: Iterable[HasParameters], lr: float | None, step: int) -> None:
+    def apply(self, gradients: Iterable[Tensor], lr: float | None, step: int) -> None:
         """Bounds the step of all layers together and forgets what was added.
 
         Args:
-            layers: those whose gradients were overwritten.
+            gradients: those that were overwritten.
             lr: learning rate of the coming step.
             step: of the limit.
         """
@@ -133,6 +115,4 @@ class KlClip:
         size = lr**2 * torch.stack(products).sum()
         limit = positive("kl_clip", self._limit, step)
         factor = (limit / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_max(1)
-        for layer in layers:
-            for gradient in layer_gradients(layer):
-                gradient.mul_(factor)
+        torch._foreach_mul_(list(gradients), factor)

@@ -25,6 +25,9 @@ class Curvatures(Mapping[str, SampleCurvature]):
         communicator: exchanges what owners compute.
         rows_dtype: layer -> dtype of its rows.
         stopwatch: counts projections and what owners send.
+
+    Attributes:
+        multiplications: of the projections of one step, of all layers that are solved here.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Curvatures(Mapping[str, SampleCurvature]):
         self._owners = Owners(communicator)
         self._curvature: dict[str, SampleCurvature] = {}
         self._stopwatch = stopwatch
+        self.multiplications = 0
         self._stacks, self._owned_stacks = Stacks(stopwatch), Stacks(stopwatch)
 
     def __getitem__(self, name: str) -> SampleCurvature:
@@ -134,6 +138,8 @@ class Curvatures(Mapping[str, SampleCurvature]):
 
     def _stack(self) -> None:
         """Stacks the curvatures, always in the order of the layers."""
+        rows = [curvature.rows for curvature in self._curvature.values()]
+        self.multiplications = sum(len(of_layer) * of_layer.entries for of_layer in rows)
         names = [name for name in self._layers if name in self._curvature]
         owned = [name for name in names if self._owners.is_here(name)]
         shared = [name for name in names if name not in owned]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.gradients import KlClip, Rescale, Solved, layer_gradients, rescaled
+from hpcsngd.optim.gradients import KlClip, Rescale, Solved, layer_gradients, overwrite, rescaled
 from hpcsngd.optim.kfac_curvature import Curvature
 from hpcsngd.optim.kfac_layers import CoveredLayer
 from hpcsngd.optim.records import LayerStrength
@@ -46,25 +46,26 @@ class Applier:
             lr: learning rate of the coming step, if it is known.
             step: steps done before it.
         """
-        layers = {
-            layer.name: layer
+        gradients = {
+            layer.name: found
             for layer in self._layers
-            if self._curvature.has_inverse(layer.name) and layer_gradients(layer)
+            if self._curvature.has_inverse(layer.name) and (found := layer_gradients(layer))
         }
+        layers = {layer.name: layer for layer in self._layers if layer.name in gradients}
         grads = {
-            name: layer.to_blocks(layer_gradients(layer)).to(self._dtype(layer))
-            for name, layer in layers.items()
+            name: layer.to_blocks(gradients[name]).to(self._dtype(layer)) for name, layer in layers.items()
         }
+        targets: list[Tensor] = []
+        pieces: list[Tensor] = []
         for group in self._curvature.solve(grads):
             self._observe(group)
-            flat = (group.results.flatten(1, 2), group.grads.flatten(1, 2))
-            results = rescaled(self._rescale, *flat, group.damping).reshape(group.grads.shape)
+            results = rescaled(self._rescale, group)
             self._kl_clip.add(results, group.grads)
             for name, blocks in zip(group.names, results, strict=True):
-                layer = layers[name]
-                for gradient, piece in zip(layer_gradients(layer), layer.from_blocks(blocks), strict=True):
-                    gradient.copy_(piece)
-        self._kl_clip.apply(layers.values(), lr, step)
+                targets += gradients[name]
+                pieces += layers[name].from_blocks(blocks)
+        overwrite(targets, pieces)
+        self._kl_clip.apply(targets, lr, step)
 
     def take_strengths(self, step: int) -> tuple[LayerStrength, ...]:
         """Returns what was measured since the last call."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpcsngd.optim.linalg import jittered_cholesky
+from hpcsngd.optim.threads import one_thread_each, runs_alone
 
 
 def eigh_each(factors: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor] | None]:
@@ -60,7 +61,7 @@ def _by_size(
 
 def _eigh_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
     try:
-        values, vectors = torch.linalg.eigh(matrices)
+        values, vectors = _eigh(matrices)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if len(counts) == 1:
             return [None]
@@ -72,6 +73,15 @@ def _eigh_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
         torch.split(vectors, list(counts)), torch.split(values.clamp(min=0), list(counts)), good, strict=True
     )
     return [(vector, value) if is_good else None for vector, value, is_good in parts]
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns eigenvalues and eigenvectors of a batch."""
+    if not runs_alone(matrices):
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors
+    pairs = one_thread_each(torch.linalg.eigh, torch.split(matrices, 1))
+    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
 
 
 def _inverse_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:

@@ -16,6 +16,7 @@ from hpcsngd.optim.kfac_decompose import eigh_each, inverse_each
 from hpcsngd.optim.kfac_halves import keep, kept_shape
 from hpcsngd.optim.kfac_inverse import FORMS, KINDS, Inverse, InverseKind
 from hpcsngd.optim.packing import pack, packed_numbers, unpack
+from hpcsngd.optim.threads import one_thread_each, runs_alone
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Inverter:
             damping: lambda.
         """
         if self.kind == "eigen":
-            return [None if found is None else Part(self._stored(found), 0.0) for found in eigh_each(factors)]
+            found = eigh_each(factors)
+            stored = iter(self._all_stored([pair for pair in found if pair is not None]))
+            return [None if pair is None else Part(next(stored), 0.0) for pair in found]
         shifted = [
             _shifted(factor, self._shift(of_layer, side, damping).to(factor))
             for factor, of_layer, side in zip(factors, means, sides, strict=True)
@@ -112,6 +115,12 @@ class Inverter:
 
     def _count(self, shape: Sequence[int]) -> int:
         return packed_numbers(shape) if self.kind == "cholesky" else math.prod(shape)
+
+    def _all_stored(self, pairs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor | None, ...]]:
+        """Returns `_stored` of everything: reflections are a decomposition of their own."""
+        if all(t is None or t.dim() < 3 or runs_alone(t) for pair in pairs for t in pair):
+            return one_thread_each(self._stored, pairs)
+        return [self._stored(pair) for pair in pairs]
 
     def _stored(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         form = FORMS[self.kind]

@@ -1,8 +1,8 @@
-"""KFAC's arguments: what they may be, alone and together. What each means stands at `KFAC`."""
+"""KFAC's arguments: what each means, and what they may be, alone and together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from hpcsngd.optim.kfac_layers import Sharing
 from hpcsngd.optim.samplescale import LossReduction
 from hpcsngd.optim.schedules import EpochDamping, epoch_damping
 
+Observable = Literal["strength"]
 DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 _CHOICES: dict[str, Any] = {
@@ -51,6 +52,61 @@ _SHARED = (
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Arguments of `KFAC` under their own names.
+
+    The Fisher matrix. ``fisher="empirical"`` takes the gradients of the loss's own backward pass and needs
+    nothing from the user. ``"type-2"`` and ``"mc"`` send gradients of their own through the graph, between
+    the forward and the backward pass of every micro-batch::
+
+        outputs = model(inputs)
+        preconditioner.before_backward(outputs)
+        criterion(outputs, targets).backward()
+        preconditioner.step()
+
+    They need to know the loss (``loss``), and are in its units whatever the scale of the backward pass.
+
+    Attributes:
+        inverse: ``"eigen"`` or ``"cholesky"``; see `hpcsngd.optim.kfac_inverse`.
+        pi_split: whether Cholesky's damping is split between A and G by their mean eigenvalues; True
+            for eigen, which splits nothing.
+        sharing: ``"expand"`` or ``"reduce"``; see `hpcsngd.optim.kfac_layers`.
+        fisher: see above and `hpcsngd.optim.fisher`.
+        loss: read where ``fisher`` is not empirical.
+        mc_samples: draws per sample; only for ``fisher="mc"``.
+        damping: positive; a function of the step; or one by epochs (`DampingDecay`, `DampingSteps`, or a
+            mapping of the fields of either). Evaluated when inverses are computed, used until the next time.
+        factor_every: steps between updates of the running factors, or a function of the step; 0: none.
+        inverse_every: the same for inverses. Without inverses gradients stay plain, so 0 from the start
+            switches K-FAC off.
+        factor_decay: weight of the old factors in the running average, in [0, 1); or a function of the step.
+        bias_correction: whether the running average is corrected for its start.
+        kl_clip: bound on ``lr^2 sum v . g`` over the covered layers: all v are multiplied by
+            ``min(1, sqrt(kl_clip / that))`` (Ba et al., ICLR 2017, section 5). After ``rescale``. A number or
+            a function of the step; None: no bound. Needs `set_progress`, as a damping by epochs does.
+        skip: layers to leave to the optimizer: regular expressions found anywhere in a module's name, names
+            of module classes, or module classes; what is inside a skipped module is skipped as well.
+        largest_factor: layers with a factor of more rows are left to the optimizer; None: none.
+        loss_reduction: of the loss given to ``backward()``.
+        accumulation_steps: micro-batches per step.
+        rescale: ``"none"``; ``"damping"``: damping * v; ``"norm"``: v with the plain gradient's norm.
+        dtype: in which statistics are computed; default: float32, or float64 for float64 weights.
+        factor_dtype: of the running factors, as a dtype or its name; default: ``dtype``.
+        inverse_dtype: in which inverses are kept and applied; default: float32, or float64 for float64
+            weights. They are computed in at least float32 whatever it is.
+        seed: of the draws of ``fisher="mc"``.
+        factors: ``"all"``: of the samples of all ranks. ``"local"``: of one rank's samples, that which holds
+            the layer's factors: an estimate from 1/P of the batch that takes no communication and spreads
+            even the work of capturing over the ranks (DP-KFAC, Zhang et al., IEEE TCC 2022).
+        grad_worker_fraction: share of the ranks that precondition a layer: 1 (all of them), 0 (one of them),
+            or what divides their number evenly (`hpcsngd.optim.kaisa` states memory and bytes). Results do
+            not depend on it beyond rounding. Below 1, layers must have their gradients on all ranks alike,
+            as DistributedDataParallel leaves them.
+        placement_cost: what is evened out over the ranks: ``"compute"`` or ``"memory"``.
+        colocate: whether the same rank holds A and G of a layer; otherwise they are placed one by one.
+        stagger: whether to update some layers at each step instead of all of them every ``inverse_every``
+            steps (a whole multiple of ``factor_every``), so that no step but the first is slow
+            (`hpcsngd.optim.kfac_timetable`).
+        overlap: whether factors are summed over the ranks while the backward pass runs, in steps that
+            `begin_step` announces. Results are the same bit for bit.
 
     Raises:
         ValueError: an argument out of its range.
@@ -133,6 +189,13 @@ class Options:
     def on_a_copy(self, damping: float) -> dict[str, Any]:
         """Returns the arguments of a KFAC that shows on a copy of the model what this one does now."""
         return {"damping": damping} | {name: getattr(self, name) for name in _SHARED}
+
+
+def check_observed(names: Collection[str]) -> None:
+    """Raises ValueError for what K-FAC cannot observe."""
+    unknown = sorted(set(names) - set(get_args(Observable)))
+    if unknown:
+        raise ValueError(f"observe={unknown}: KFAC knows {', '.join(get_args(Observable))}")
 
 
 def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:

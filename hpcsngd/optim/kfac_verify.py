@@ -22,6 +22,7 @@ from hpcsngd.optim.kfac_layers import CoveredLayer
 from hpcsngd.optim.kfac_options import Options
 from hpcsngd.optim.kfac_units import NormLayer
 from hpcsngd.optim.records import LayerCheck
+from hpcsngd.optim.reporting import tell_checks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,7 +47,7 @@ class Limits:
 def check_on_a_copy(
     problem: Problem, build: Callable[[nn.Module], Preconditioner], options: Options, limits: Limits
 ) -> tuple[LayerCheck, ...]:
-    """Compares one step of K-FAC with the dense formula; the user's model stays as it is.
+    """Compares one step of K-FAC with the dense formula, and prints it; the user's model stays as it is.
 
     Args:
         problem: the user's.
@@ -62,12 +63,14 @@ def check_on_a_copy(
     with torch.random.fork_rng([inputs.device] if inputs.device.type == "cuda" else []):
         plain, found, damping = _one_step(problem, build(model), layers)
         reasons = _choose(layers, limits)
-        return tuple(
+        checks = tuple(
             _check(problem, layer, options, damping, (plain[layer.name], found[layer.name]))
             if not reasons[layer.name] and plain[layer.name] is not None
             else _skipped(layer, reasons[layer.name] or "it has no gradient on this batch")
             for layer in layers
         )
+    tell_checks("compared with the dense formula:", checks)
+    return checks
 
 
 def _one_step(

@@ -80,12 +80,12 @@ def interpolate_each(
     for (_, rank, _), members in alike.items():
         stacked = torch.stack([kernels[index] for index in members])
         # A kernel that is not finite comes to nothing, without harm to its neighbours.
-        is_finite = stacked.isfinite().all(2).all(1)
-        stacked = torch.where(is_finite[:, None, None], stacked, 0.0)
+        # What is not finite stays so in a sum of absolute values.
+        is_finite: list[bool] = stacked.abs().sum((1, 2)).isfinite().tolist()
+        if not all(is_finite):
+            stacked[[not good for good in is_finite]] = 0.0
         pivots, factors, counts = pivoted_cholesky_batch(stacked, rank)
-        for position, (index, is_good, count) in enumerate(
-            zip(members, is_finite.tolist(), counts, strict=True)
-        ):
+        for position, (index, is_good, count) in enumerate(zip(members, is_finite, counts, strict=True)):
             if is_good:
                 pair = (pivots[position, :count], factors[position, :count])
                 shift = (samples[index], damping) if residual else None

@@ -27,8 +27,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from hpcsngd.optim.boxsums import box_sums
 from hpcsngd.optim.moments import gram, patch_moment
-from hpcsngd.optim.positions import Geometry, box_sums, carried, patches
+from hpcsngd.optim.positions import Geometry, carried, patches
 from hpcsngd.optim.rows import FactoredRows, GradientRows, Rows, factors_are_cheaper
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -79,14 +80,15 @@ class Layer:
     def to_matrix(self, parameters: Sequence[Tensor]) -> Tensor:
         """Returns tensors shaped like `parameters` as one matrix ``(d_out, d_in)``, perhaps a view."""
         weight, *bias = parameters
-        matrix = self._weights_to_matrices(weight.unsqueeze(0))[0]
+        is_transposed = isinstance(self.module, TransposedConvolution)
+        matrix = self._weights_to_matrices(weight.unsqueeze(0))[0] if is_transposed else weight.flatten(1)
         return torch.cat([matrix, *(b.unsqueeze(1) for b in bias)], 1) if bias else matrix
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """Returns a matrix ``(d_out, d_in)`` as tensors shaped like `parameters`."""
         shape = self.module.weight.shape
         columns = matrix.shape[1] - int(self.has_bias)
-        weight = matrix[:, :columns]
+        weight = matrix[:, :columns] if self.has_bias else matrix
         if isinstance(self.module, TransposedConvolution):
             weight = weight.reshape(self.groups, shape[1], -1, shape[2:].numel()).transpose(1, 2)
         return [weight.reshape(shape), *([matrix[:, columns]] if self.has_bias else [])]

@@ -8,7 +8,8 @@ position ``o`` meets the image entry
 and nothing where that lies outside. A convolution reads the image (its input) and writes the grid (its
 output); a transposed convolution reads the grid and writes the image. Both therefore share all formulas.
 
-Patches are never built where their sum is enough: what one tap meets is a strided box.
+Patches are never built where their sum is enough: what one tap meets is a strided box
+(`hpcsngd.optim.boxsums`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -66,27 +66,6 @@ class Geometry:
             (max(0, -(offset // stride)), min(grid - 1, (image - 1 - offset) // stride), offset)
             for offset in offsets
         ]
-
-
-def box_sums(x: Tensor, boxes: Sequence[Sequence[slice]], dtype: torch.dtype) -> Tensor:
-    """Returns the sum of ``x`` over every box, ``(n, channels * taps)``, first dimension slowest.
-
-    The dimensions are summed one after the other, so a k x k kernel reads the image k times, not k^2 times.
-
-    Args:
-        x: shape ``(n, channels, ...)``.
-        boxes: by dimension after the channels, one slice per tap.
-        dtype: of the sums and the result.
-    """
-    for axis, slices in enumerate(boxes, start=2):
-        x = torch.stack([_along(x, axis, inside).sum(axis, dtype=dtype) for inside in slices], axis)
-    return x.flatten(1)
-
-
-def _along(x: Tensor, axis: int, inside: slice) -> Tensor:
-    index = [slice(None)] * x.dim()
-    index[axis] = inside
-    return x[tuple(index)]
 
 
 def patches(image: Tensor, geometry: Geometry, grid: Sequence[int]) -> Tensor:

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 class PhaseTime:
     """Seconds this rank spent in one phase; phases are disjoint.
 
-    At refreshes: ``capture`` (hooks, within forward and backward), ``gather`` (exchange of rows),
+    HyLo at refreshes: ``capture`` (hooks, within forward and backward), ``gather`` (exchange of rows),
     ``factorise`` (kernels, and which samples are kept), ``invert`` (Cholesky factors of kernels). At every
     step: ``project`` (gradients into sample space), ``precondition`` (solve, back to gradients, size),
     ``broadcast`` (from owners to all ranks), ``observe`` (measurements). The optimizer's own ``update`` is
     timed by who calls it.
+
+    K-FAC: ``capture`` (factors, inside the hooks), ``reduce`` (their exchange), ``invert``, ``broadcast`` (of
+    inverses), ``precondition``.
     """
 
     step: int

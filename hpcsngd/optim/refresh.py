@@ -6,20 +6,17 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hpcsngd import dist
-from hpcsngd.optim.calendar import Calendar
 from hpcsngd.optim.calls import MisalignedError
-from hpcsngd.optim.capture import Capture
 from hpcsngd.optim.checks import at_least_one_step
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.compare import Comparison
 from hpcsngd.optim.curvature import SampleCurvature, build_all
 from hpcsngd.optim.held import Curvatures
-from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.observe import Observer
 from hpcsngd.optim.options import Options
-from hpcsngd.optim.placement import Placer, refresh_cost
+from hpcsngd.optim.placement import Placer
 from hpcsngd.optim.records import Fallback, Kept
+from hpcsngd.optim.reporting import fall_back
 from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.sketches import Batch, Compression, Plain
 from hpcsngd.optim.stopwatch import Stopwatch
@@ -64,6 +61,8 @@ class Refresher:
 
     Attributes:
         compression: what makes sketches of a batch; its seed is part of a run's state.
+        comparison: what results are compared with.
+        stopwatch: counts phases.
 
     Args:
         options: of HyLo.
@@ -85,7 +84,7 @@ class Refresher:
         self.comparison = Comparison()
         self._options, self._placement = options, options.effective_placement()
         self._communicator, self._curvatures = communicator, curvatures
-        self._observer, self._stopwatch = observer, stopwatch
+        self._observer, self.stopwatch = observer, stopwatch
 
     def refresh(self, local: Mapping[str, Rows | MisalignedError], now: Moment) -> Outcome:
         """Replaces the curvature of every layer that has rows on some rank.
@@ -94,7 +93,7 @@ class Refresher:
             local: this rank's rows by layer; the same layers on every rank.
             now: the same on every rank.
         """
-        with self._stopwatch.phase("gather"):
+        with self.stopwatch.phase("gather"):
             period = at_least_one_step(self._options.refresh_every, now.step)
             batch = self.compression.gather(
                 self._communicator,
@@ -104,14 +103,14 @@ class Refresher:
                 damping=now.damping,
                 everything=self._observer.wants_exact,
                 placer=Placer(self._placement, self._communicator.world_size, period),
-                stopwatch=self._stopwatch,
+                stopwatch=self.stopwatch,
             )
         if not batch.samples and not batch.faults:
             return Outcome(happened=False)
-        with self._stopwatch.phase("factorise"):
+        with self.stopwatch.phase("factorise"):
             failures, kept = self._factorise(batch, now)
         if self._observer.wants_exact:
-            with self._stopwatch.phase("observe"):
+            with self.stopwatch.phase("observe"):
                 self._factorise_to_compare(batch, now)
         faults = {**batch.faults, **failures}
         fallbacks = tuple(self._fall_back(name, reason, now.step) for name, reason in faults.items())
@@ -122,12 +121,12 @@ class Refresher:
         """Replaces curvatures; returns where that failed and why, and what was kept."""
         sketches = {name: sketch for name, sketch in batch.sketches.items() if sketch is not None}
         kernels = [sketch.kernel() for sketch in sketches.values()]
-        with self._stopwatch.phase("invert"):
+        with self.stopwatch.phase("invert"):
             curvatures = build_all(list(sketches.values()), kernels, now.damping, self._options.complement)
         found = dict(zip(sketches, curvatures, strict=True))
         # None for a failure here; layers owned elsewhere are their owners' to judge.
         built = {name: found.get(name) for name in batch.sketches}
-        with self._stopwatch.phase("observe"):
+        with self.stopwatch.phase("observe"):
             for name, kernel in zip(sketches, kernels, strict=True):
                 if built[name] is not None:
                     self._observer.kernel(name, kernel, now.damping)
@@ -163,38 +162,5 @@ class Refresher:
         self.comparison.refresh(batch, [method for method in compressed if method != now.method], build)
 
     def _fall_back(self, name: str, reason: str, step: int) -> Fallback:
-        if dist.rank() == 0:
-            instead = "last good curvature" if self._curvatures.is_covered(name) else "plain gradient"
-            logger.warning("step %d, layer %s: %s; using its %s", step + 1, name, reason, instead)
-        return Fallback(step + 1, name, reason)
-
-
-def spread_refreshes(
-    calendar: Calendar,
-    capture: Capture,
-    communicator: Communicator,
-    local: Mapping[str, Rows | MisalignedError],
-    layers: Mapping[str, Layer],
-    *,
-    exact: bool,
-) -> None:
-    """Tells a staggered calendar what layers cost, once there are rows: from the joined batch's sizes.
-
-    Args:
-        calendar: wants costs.
-        capture: has just given ``local``.
-        communicator: joins the ranks' sizes.
-        local: this rank's rows of every layer.
-        layers: by name.
-        exact: whether rows are true gradients.
-    """
-    counts = [len(rows) if isinstance(rows, Rows) else 0 for rows in local.values()]
-    reads = [capture.reads.get(name, (0, 0)) for name in local]
-    flat = [number for count, pair in zip(counts, reads, strict=True) for number in (count, *pair)]
-    sums = communicator.sum_numbers("stagger", flat)
-    if any(sums[::3]):
-        costs = {
-            name: refresh_cost(layers[name], *sums[3 * i : 3 * i + 3], exact=exact)
-            for i, name in enumerate(local)
-        }
-        calendar.set_costs(costs)
+        instead = "last good curvature" if self._curvatures.is_covered(name) else "plain gradient"
+        return fall_back(logger, step + 1, name, reason, instead)

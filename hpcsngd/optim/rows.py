@@ -167,6 +167,9 @@ class FactoredRows(Rows):
 
     def gram(self) -> Tensor:
         """See `Rows.gram`."""
+        if self.a.shape[1] == self.terms == 1:
+            a, g = self.a.flatten(1), self.g.flatten(1)
+            return (a @ a.T).mul_(g @ g.T)
         kernel = self.a.new_zeros(len(self), len(self))
         # One group at a time: what is in memory is (n terms)^2, not that times the groups.
         for group in range(self.a.shape[1]):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular, vecdot
 
 from hpcsngd.optim.curvature import SampleCurvature
 from hpcsngd.optim.gradients import Solved
@@ -35,48 +36,61 @@ class Stack:
     def __init__(self, curvatures: Sequence[SampleCurvature]) -> None:
         first = curvatures[0]
         self._samples, self._damping = first.samples, first.damping
-        rows = [curvature.rows for curvature in curvatures]
-        self._a, self._g = (torch.stack(tensors) for tensors in zip(*(r.tensors for r in rows), strict=True))
-        # LAPACK solves by columns: a stack laid out by rows would be copied at every step.
+        self._a, self._g = (
+            torch.stack([tensor.transpose(0, 1) for tensor in tensors])
+            for tensors in zip(*(curvature.rows.tensors for curvature in curvatures), strict=True)
+        )
+        # Solved by columns: a stack laid out by rows would be copied at every step.
         self._factor = torch.stack([curvature.factor.mT for curvature in curvatures]).mT
         self._mixing = _stacked([curvature.mixing for curvature in curvatures])
         self._span = _stacked([curvature.span for curvature in curvatures])
         scales = [curvature.scale or 0.0 for curvature in curvatures]
         self._scale = self._factor.new_tensor(scales)[:, None, None]
+        # With the mixing L, L (factor factor^T)^-1 L^T is half^T half: two small products at every step.
+        self._half = (
+            None if self._mixing is None else solve_triangular(self._factor, self._mixing.mT, upper=False)
+        )
         self.members = [self._member(index, curvature) for index, curvature in enumerate(curvatures)]
 
     def solve(self, grads: Tensor) -> Tensor:
         """Returns `SampleCurvature.solve` of every member, shape ``(members, d_out, d_in)``."""
         return self.apply(grads, self.project(grads))
 
-    def apply(self, grads: Tensor, t: Tensor) -> Tensor:
-        """Returns `solve` of the gradients, given their projections."""
-        mixed = t if self._mixing is None else self._mixing.mT @ t
-        y = torch.cholesky_solve(mixed, self._factor)
-        y = y if self._mixing is None else self._mixing @ y
-        if self._span is None:
-            return (grads - self._combine(y) / self._samples) / self._damping
-        inside = torch.cholesky_solve(t, self._span)
-        y = y / self._damping + (self._scale - 1 / self._damping) * inside
-        return self._scale * grads - self._combine(y) / self._samples
-
     def project(self, grads: Tensor) -> Tensor:
         """Returns `SampleCurvature.project` of every member, shape ``(members, n, 1)``."""
-        a, g = _by_group(self._a), _by_group(self._g)
-        blocks = grads.reshape(len(grads), a.shape[1], -1, grads.shape[2])
+        a, g, blocks = _matrices(self._a), _matrices(self._g), self._blocks(grads)
         # Both orders are the same product; the shorter side leaves fewer numbers to multiply and sum.
-        products = (g @ blocks) * a if a.shape[3] < g.shape[3] else (a @ blocks.mT) * g
-        return products.sum((1, 3)).reshape(*self._a.shape[:2], -1).sum(2, keepdim=True)
+        of_terms: Tensor = vecdot(g @ blocks, a) if a.shape[2] < g.shape[2] else vecdot(a @ blocks.mT, g)
+        return of_terms.reshape(self._a.shape[:4]).sum((1, 3)).unsqueeze(2)
 
-    def _combine(self, y: Tensor) -> Tensor:
-        """Returns `FactoredRows.combine` of every member."""
-        weighted = self._g * y[:, :, :, None, None]
-        return (_by_group(weighted).mT @ _by_group(self._a)).flatten(1, 2)
+    def apply(self, grads: Tensor, t: Tensor) -> Tensor:
+        """Returns `solve` of the gradients, given their projections; always new memory."""
+        y = self._inverse_times(t) / (self._samples * self._damping)
+        base, of_base = grads, 1 / self._damping
+        if self._span is not None:
+            inside = _solved(self._span, t) / self._samples
+            y += (self._scale - 1 / self._damping) * inside
+            base, of_base = self._scale * grads, 1.0
+        weighted = _matrices(self._g * y[:, None, :, :, None])
+        return torch.baddbmm(
+            self._blocks(base), weighted.mT, _matrices(self._a), beta=of_base, alpha=-1
+        ).reshape(grads.shape)
+
+    def _inverse_times(self, t: Tensor) -> Tensor:
+        if self._half is None:
+            return _solved(self._factor, t)
+        half: Tensor = vecdot(self._half, t.mT)
+        y: Tensor = vecdot(self._half.mT, half.unsqueeze(1))
+        return y.unsqueeze(2)
+
+    def _blocks(self, grads: Tensor) -> Tensor:
+        """Returns ``(members * groups, d_out / groups, d_in)`` of ``(members, d_out, d_in)``."""
+        return grads.reshape(-1, self._g.shape[4], grads.shape[2])
 
     def _member(self, index: int, curvature: SampleCurvature) -> SampleCurvature:
         return replace(
             curvature,
-            rows=curvature.rows.replaced([self._a[index], self._g[index]]),
+            rows=curvature.rows.replaced([self._a[index].transpose(0, 1), self._g[index].transpose(0, 1)]),
             factor=self._factor[index],
             mixing=None if self._mixing is None else self._mixing[index],
             span=None if self._span is None else self._span[index],
@@ -162,6 +176,12 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if present else None
 
 
-def _by_group(tensor: Tensor) -> Tensor:
-    """Returns ``(members, groups, n * terms, d)`` of ``(members, n, groups, terms, d)``."""
-    return tensor.transpose(1, 2).flatten(2, 3)
+def _matrices(tensor: Tensor) -> Tensor:
+    """Returns ``(members * groups, n * terms, d)`` of ``(members, groups, n, terms, d)``."""
+    return tensor.reshape(-1, tensor.shape[2] * tensor.shape[3], tensor.shape[4])
+
+
+def _solved(factor: Tensor, t: Tensor) -> Tensor:
+    """Returns ``(factor factor^T)^-1 t``; unlike ``cholesky_solve`` it makes no copy of the factor."""
+    y: Tensor = solve_triangular(factor.mT, solve_triangular(factor, t, upper=False), upper=True)
+    return y

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsngd import dist
 from hpcsngd.optim.base import Preconditioner
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.records import LayerCheck
+from hpcsngd.optim.reporting import tell_checks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,9 +115,7 @@ def check_on_a_copy(
     reasons = choose(copies)
     with torch.random.fork_rng([inputs.device] if inputs.device.type == "cuda" else []):
         checks = check(build(model), Problem(model, copies, (inputs, targets), problem.loss), reasons)
-    if dist.rank() == 0:
-        # The one print outside the command line: this is called by hand, to be read.
-        print("compared with the dense oracle:", *checks, sep="\n")  # noqa: T201
+    tell_checks("compared with the dense oracle:", checks)
     return checks
 
 

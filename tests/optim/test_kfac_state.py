@@ -169,7 +169,7 @@ def mean_loss(outputs: Any, target: Any) -> Any:
     return 0.5 * (outputs - target).square().sum(1).mean()
 
 
-def test_verify_says_why_it_skips() -> None:
+def test_verify_says_why_it_skips(capsys: pytest.CaptureFixture[str]) -> None:
     model = models.seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 40), nn.Linear(40, 3)))
     kfac = KFAC(model)
     checks = kfac.verify(oracle.batch(model, (6, 5)), mean_loss, layers=1, max_entries=130)
@@ -178,6 +178,9 @@ def test_verify_says_why_it_skips() -> None:
         "280 entries, more than max_entries=130",
         "not among the 1 layers sampled",
     ]
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "compared with the dense formula:"
+    assert lines == list(map(str, checks))
 
 
 def test_dropin() -> None:
