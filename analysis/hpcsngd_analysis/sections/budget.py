@@ -32,7 +32,7 @@ _NOTE = (
     "The budget is the largest that all completed runs have used. Samples count each time that one was "
     "computed on: a line search evaluates its batch several times. Accuracy is interpolated between "
     "evaluations; a run that was first evaluated later has none. Intervals: 95 %, Student's t, of the paired "
-    "differences where a baseline is compared with. Time also depends on the number of ranks and on what else "
+    "differences where a baseline is compared with. Time also depends on ranks and on what else "
     "the machine did."
 )
 
