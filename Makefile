@@ -19,7 +19,7 @@ $(READY): pyproject.toml tests/constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "no virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@echo "setting up $(VENV) (a minute or two; torch is large)"
 	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then pins="-c tests/constraints.txt"; fi; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$pins -e '.[train,tensorboard,analysis,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$pins -e '.[train,text,tensorboard,wandb,analysis,dev]'
 	@touch $@
 
 system: ## system packages that some tests use, where this machine lets us install them

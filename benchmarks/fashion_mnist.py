@@ -31,7 +31,7 @@ from hpcsngd.launch.submit import submit, wait
 from hpcsngd.rundir import RunDir
 
 STUDY = Path(__file__).with_suffix(".yaml")
-PROSE = ("description", "reference")
+PROSE = ("description", "paper", "reference", "corrections", "published")
 """Keys of an experiment that change nothing: rewording them does not ask for a new run."""
 
 _HEADS_BYTES = {"images-idx3": 16, "labels-idx1": 8}

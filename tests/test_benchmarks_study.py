@@ -128,7 +128,7 @@ def test_a_run_that_ended_is_found_again(tmp_path: Path, cell: study.Cell, statu
     run_of(replace(cell, experiment="digits-hylo"), tmp_path, "other method")
     run = run_of(cell, tmp_path, "run", status)
     assert study.ended_run(tmp_path, cell) == run
-    run_of(replace(cell, sets={**cell.sets, "description": "new words"}), tmp_path, "a")
+    run_of(replace(cell, sets={**cell.sets, "description": "new words", "paper": "another"}), tmp_path, "a")
     assert study.ended_run(tmp_path, cell) is not None
 
 

@@ -118,6 +118,40 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "preconditioner.damping": 1e-7,
         "data.size": 160,
     },
+    "ptb-lstm-sgd": {
+        "epochs": 39,
+        "batch_size": 20,
+        "data.stream.length": 35,
+        "optimizer.lr": 1,
+        "clip_norm": 5,
+        "schedule.gamma": 1 / 1.2,
+        "schedule.milestones": list(range(6, 39)),
+        "model.args": {"width": 650, "hidden": 650, "layers": 2, "dropout": 0.5, "init": 0.05},
+    },
+    "multi30k-transformer-adam": {
+        "epochs": 200,
+        "batch_size": 128,
+        "optimizer.lr": 0.5 / (512 * 4000) ** 0.5,
+        "optimizer.betas": (0.9, 0.98),
+        "schedule.warmup_steps": 4000,
+        "loss.label_smoothing": 0.1,
+        "decoding.beam": 5,
+    },
+    "multi30k-transformer-kfac": {
+        "optimizer.lr": 1e-6,
+        "loss.average": "none",
+        "preconditioner.damping": 0.03,
+        "preconditioner.factors": "local",
+        "preconditioner.inverse_every": 1,
+    },
+    "wikitext2-lstm-kfac": {
+        "epochs": 40,
+        "batch_size": 20,
+        "optimizer.lr": 20,
+        "preconditioner.damping": 0.002,
+        "preconditioner.inverse_every": 10,
+    },
+    "wikitext2-transformer-kfac": {"optimizer.lr": 1, "clip_norm": 0.5, "schedule.kind": "plateau"},
     "logreg-sparse-ggt": {
         "epochs": 10,
         "optimizer.lr": 1,
@@ -163,7 +197,7 @@ def test_each_says_which_convolutions_and_damping_it_uses(name: str) -> None:
         assert f"conv_mode {method.conv_mode}" in words
         assert "conv_mode" in method.model_fields_set
     if isinstance(method, KFAC):
-        assert "sharing expand" in words
+        assert f"sharing {method.sharing}" in words
         assert "sharing" in method.model_fields_set
     assert "damping" in words
 

@@ -26,6 +26,7 @@ VERBS = {
     "rerun": "runs",
     "diff": "runs",
     "report": "report",
+    "export": "export",
     "landscape": "landscape",
     "container": "container",
     "show": "configuration",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 TORCHVISION_PREFIX = "torchvision/"
 
@@ -39,6 +39,33 @@ MODELS: dict[str, str] = {
     "unet": "U-Net with batch norm, 32 features, for segmentation",
 }
 
+# the same for networks of text, which are built for a vocabulary
+TEXT_MODELS: dict[str, str] = {
+    "transformer": "encoder-decoder Transformer for translation; by default the base size of its paper",
+    "lstm-lm": "LSTM language model",
+    "gru-lm": "GRU language model",
+    "transformer-lm": "causal Transformer encoder as language model",
+}
+
+# models that are for one task only; the others are for classification
+MODEL_TASKS: dict[str, str] = {
+    "unet": "segmentation",
+    "transformer": "translation",
+    "lstm-lm": "language_modelling",
+    "gru-lm": "language_modelling",
+    "transformer-lm": "language_modelling",
+}
+
+# text model -> the sizes that --smoke gives it
+SMALL_ARGS: dict[str, dict[str, Any]] = {
+    "transformer": {"width": 16, "inner": 32, "heads": 2, "layers": 1},
+    "lstm-lm": {"width": 8, "hidden": 8},
+    "gru-lm": {"width": 8, "hidden": 8},
+    "transformer-lm": {"width": 16, "inner": 16, "heads": 2, "layers": 1},
+}
+
+Task = Literal["classification", "segmentation", "translation", "language_modelling"]
+
 
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -53,6 +80,7 @@ class DatasetFacts:
         system_paths: absolute places where a package manager puts the data.
         get: how a person gets the data.
         task: what can be learned from it.
+        kind: what its samples are.
         evaluated: which part is evaluated: a ``test`` set, or a ``validation`` set.
         resizes: whether ``data.size`` may be chosen.
         has_parts: whether the training set comes in several files, of which one is in memory at a time.
@@ -65,7 +93,8 @@ class DatasetFacts:
     files: tuple[str, ...] = ()
     system_paths: tuple[str, ...] = ()
     get: str = ""
-    task: Literal["classification", "segmentation"] = "classification"
+    task: Task = "classification"
+    kind: Literal["images", "text"] = "images"
     evaluated: Literal["test", "validation"] = "test"
     resizes: bool = False
     has_parts: bool = False
@@ -131,6 +160,22 @@ def _small_imagenet(size: int) -> DatasetFacts:
     )
 
 
+def _tokens(name: str, folders: tuple[str, ...], description: str, extension: str, get: str) -> DatasetFacts:
+    """Returns the facts of a text in three files, whose tokens are separated by blanks."""
+    files = tuple(f"{name}.{part}.{extension}" for part in ("train", "valid", "test"))
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=(*(f"{folder}/{files[0]}" for folder in folders), files[0]),
+        folders=folders,
+        files=files,
+        get=f"{get}, put {', '.join(files)} into <data root>/{folders[0]}",
+        task="language_modelling",
+        kind="text",
+        evaluated="validation",
+    )
+
+
 DATASETS: dict[str, DatasetFacts] = {
     "digits": DatasetFacts("1,797 real 8x8 handwritten digits that come with scikit-learn"),
     "mnist": _idx(
@@ -180,5 +225,45 @@ DATASETS: dict[str, DatasetFacts] = {
         get="save tensors as <data root>/features/features_train.pt, targets_train.pt, features_val.pt and "
         "targets_val.pt (float (n, d) and int64 (n,))",
         evaluated="validation",
+    ),
+    "multi30k": DatasetFacts(
+        "29,000 + 1,014 + 1,000 captions of images, English and German",
+        needs_root=True,
+        probes=("multi30k/train.de", "train.de"),
+        folders=("multi30k",),
+        files=(
+            "train.de",
+            "train.en",
+            "val.de",
+            "val.en",
+            "test.de|test_2016_flickr.de|test2016.de",
+            "test.en|test_2016_flickr.en|test2016.en",
+        ),
+        get="unpack training.tar.gz, validation.tar.gz and mmt16_task1_test.tar.gz of WMT 2016's multimodal "
+        "task into <data root>/multi30k: train.de, train.en, val.de, val.en, test.de and test.en",
+        task="translation",
+        kind="text",
+        evaluated="validation",
+    ),
+    "ptb": _tokens(
+        "ptb",
+        ("ptb", "simple-examples/data", "penn"),
+        "Penn Treebank as Mikolov prepared it: 929,589 + 73,760 + 82,430 tokens, 10,000 words",
+        "txt",
+        "unpack simple-examples.tgz below the data root, or, file by file",
+    ),
+    "wikitext2": _tokens(
+        "wiki",
+        ("wikitext-2",),
+        "WikiText-2: 2,088,628 + 217,646 + 245,569 tokens of Wikipedia, 33,278 words",
+        "tokens",
+        "unpack wikitext-2-v1.zip below the data root, or, file by file",
+    ),
+    "wikitext103": _tokens(
+        "wiki",
+        ("wikitext-103",),
+        "WikiText-103: 103,227,021 + 217,646 + 245,569 tokens of Wikipedia, 267,735 words",
+        "tokens",
+        "unpack wikitext-103-v1.zip below the data root, or, file by file",
     ),
 }

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from hpcsngd.config.catalogue import DATASETS, MODELS, TORCHVISION_PREFIX
+from hpcsngd.config.catalogue import DATASETS, MODEL_TASKS, MODELS, TEXT_MODELS, TORCHVISION_PREFIX, Task
 from hpcsngd.config.expressions import (
     ScaledCount,
     ScaledCountOrNone,
@@ -24,7 +24,7 @@ from hpcsngd.errors import did_you_mean
 
 
 class Model(Strict):
-    """The network; the number of classes and input channels comes from the data."""
+    """The network; the number of classes and input channels, or the vocabulary, comes from the data."""
 
     name: str
     """A model of ours, or `torchvision/<name>`."""
@@ -38,10 +38,11 @@ class Model(Strict):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in MODELS and not (name.startswith(TORCHVISION_PREFIX) and name != TORCHVISION_PREFIX):
-            hint = did_you_mean(name, MODELS) or ";"
+        known = [*MODELS, *TEXT_MODELS]
+        if name not in known and not (name.startswith(TORCHVISION_PREFIX) and name != TORCHVISION_PREFIX):
+            hint = did_you_mean(name, known) or ";"
             raise ValueError(
-                f"unknown model {name!r}{hint} allowed: {', '.join(MODELS)}, {TORCHVISION_PREFIX}<name>"
+                f"unknown model {name!r}{hint} allowed: {', '.join(known)}, {TORCHVISION_PREFIX}<name>"
             )
         return name
 
@@ -112,6 +113,30 @@ class Stage(Strict):
     """Tar file below the data root, unpacked into the folder; null: copy the data set's own folder."""
 
 
+class Translation(Strict):
+    """Sentence pairs: which way, and the vocabularies that are made of the training set."""
+
+    source: Literal["de", "en"] = "de"
+    """Language that is read; the other one is written."""
+    min_count: int = Field(default=3, ge=1)
+    """A word must occur so often to be in the vocabulary."""
+    shared: bool = False
+    """One vocabulary for both languages."""
+    lowercase: bool = True
+    """Lower-case all words; BLEU then ignores case."""
+    max_words: int = Field(default=100, ge=1)
+    """Leave out training pairs with a longer sentence."""
+    buckets: int = Field(default=1, ge=1)
+    """Cut the training set into so many parts of like length, each gone through by itself: less padding."""
+
+
+class Stream(Strict):
+    """A long text for language models."""
+
+    length: int = Field(default=35, ge=1)
+    """Tokens of a training sample, through which gradients go back."""
+
+
 class Data(Strict):
     """The data set."""
 
@@ -145,6 +170,10 @@ class Data(Strict):
     """How many patients are evaluated, lgg-mri only; default: 10."""
     split_seed: int = Field(default=42, ge=0)
     """Decides which patients these are; apart from the experiment's seed, so that all runs have the same."""
+    translation: Translation | None = None
+    """Sentence pairs, multi30k only; null: the defaults."""
+    stream: Stream | None = None
+    """A long text, ptb and wikitext only; null: the defaults."""
 
     @field_validator("name")
     @classmethod
@@ -158,19 +187,23 @@ class Data(Strict):
     def _fits_the_data_set(self) -> Data:
         facts = DATASETS[self.name]
         is_folder, is_segmentation = self.name == "imagenet", facts.task == "segmentation"
+        is_memory = facts.kind == "images" and not is_folder
         rules = {
             "size": (self.size is not None, facts.resizes),
             "eval_size": (self.eval_size is not None, is_folder),
             "resolution": (self.resolution is not None, is_folder),
             "augment.resized_crop": (self.augment.resized_crop, is_folder),
-            "augment.crop": (self.augment.crop > 0, not is_folder),
-            "augment.scale": (self.augment.scale > 0, not is_folder),
-            "augment.rotate": (self.augment.rotate > 0, not is_folder),
-            "augment.cutout": (self.augment.cutout > 0, not is_segmentation),
+            "augment.crop": (self.augment.crop > 0, is_memory),
+            "augment.flip": (self.augment.flip, facts.kind == "images"),
+            "augment.scale": (self.augment.scale > 0, is_memory),
+            "augment.rotate": (self.augment.rotate > 0, is_memory),
+            "augment.cutout": (self.augment.cutout > 0, facts.kind == "images" and not is_segmentation),
             "validation_patients": (self.validation_patients is not None, is_segmentation),
-            "classes": (self.classes is not None, not is_segmentation),
-            "folds": (self.folds is not None, not is_segmentation),
+            "classes": (self.classes is not None, facts.task == "classification" and facts.kind == "images"),
+            "folds": (self.folds is not None, facts.task == "classification"),
             "stage": (self.stage is not None, facts.needs_root),
+            "translation": (self.translation is not None, facts.task == "translation"),
+            "stream": (self.stream is not None, facts.task == "language_modelling"),
         }
         wrong = [key for key, (given, allowed) in rules.items() if given and not allowed]
         if wrong:
@@ -184,7 +217,7 @@ class _Optimizer(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay as torch's optimizer of that name means it: coupled for sgd and adam, else decoupled."""
     no_decay: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class (BatchNorm2d), whose parameters do not decay."""
+    """What does not decay: modules by class (BatchNorm2d) or regular expression, or parameters (bias$)."""
 
 
 class SGD(_Optimizer):
@@ -197,6 +230,8 @@ class SGD(_Optimizer):
     """Dampening of the momentum."""
     nesterov: bool = False
     """Nesterov's form."""
+    decoupled: bool = False
+    """Multiply the weights by 1 - lr * weight_decay, past preconditioner and momentum (SGDW)."""
 
 
 class Adam(_Optimizer):
@@ -449,7 +484,30 @@ class KFAC(Strict):
         return self
 
 
-class MFAC(Strict):
+class _Windowed(Strict):
+    """What M-FAC and GGT share: sparse storage, and what is done with the result."""
+
+    density: float = Field(default=0.01, gt=0, le=1)
+    """Share of the entries that sparse storage keeps."""
+    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
+    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
+    scope: Literal["block", "layer", "global"] = "block"
+    """Where entries compete for being kept."""
+    block_size: int = Field(default=32_768, ge=1)
+    """Entries of a block; at most 32,768 with 16-bit positions."""
+    feedback: bool = True
+    """Add what was not kept to the next gradient."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Coupled weight decay, preconditioned with the gradient; optimizer.weight_decay comes on top."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the preconditioned gradient; null: none."""
+    clip_value: float | None = Field(default=None, gt=0)
+    """Largest entry of the preconditioned gradient; null: none."""
+    skip: list[str] = Field(default_factory=list)
+    """Modules, by regular expression or class, that train with their plain gradient."""
+
+
+class MFAC(_Windowed):
     """hpcsngd.optim.MFAC."""
 
     name: Literal["mfac"]
@@ -461,16 +519,6 @@ class MFAC(Strict):
     """Gradients in full, their largest entries, or factors; the rest is fed back."""
     scale_rule: Literal["window", "count"] = "window"
     """Divide the sum of outer products by the window's length, or by the gradients in it."""
-    density: float = Field(default=0.01, gt=0, le=1)
-    """Share of the entries that sparse storage keeps."""
-    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
-    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
-    scope: Literal["block", "layer", "global"] = "block"
-    """Where entries compete for being kept."""
-    block_size: int = Field(default=32_768, ge=1)
-    """Entries of a block; at most 32,768 with 16-bit positions."""
-    feedback: bool = True
-    """Add what was not kept to the next gradient."""
     low_rank: int = Field(default=1, ge=1)
     """Rank of lowrank storage."""
     target: Literal["sent", "gradient"] = "sent"
@@ -479,17 +527,9 @@ class MFAC(Strict):
     """What fills the zeros of the result while a sparse window fills."""
     feedback_scale: float = Field(default=1.0, gt=0)
     """Factor of a gradient as it enters the error."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Coupled weight decay: preconditioned, not stored. optimizer.weight_decay is added afterwards."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the preconditioned gradient; null: none."""
-    clip_value: float | None = Field(default=None, gt=0)
-    """Largest entry of the preconditioned gradient; null: none."""
-    skip: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class, that train with their plain gradient."""
 
 
-class GGT(Strict):
+class GGT(_Windowed):
     """hpcsngd.optim.GGT."""
 
     name: Literal["ggt"]
@@ -503,22 +543,6 @@ class GGT(Strict):
     """Added to the singular values of the window."""
     storage: Literal["dense", "sparse"] = "dense"
     """Gradients in full, or their largest entries; the rest is fed back."""
-    density: float = Field(default=0.01, gt=0, le=1)
-    """Share of the entries that sparse storage keeps."""
-    entries: Literal["fp32+int32", "fp32+int16", "bf16+int16"] = "fp32+int32"
-    """Values and positions of sparse storage: 8, 6 or 4 bytes per entry."""
-    scope: Literal["block", "layer", "global"] = "block"
-    """Where entries compete for being kept."""
-    block_size: int = Field(default=32_768, ge=1)
-    """Entries of a block; at most 32,768 with 16-bit positions."""
-    feedback: bool = True
-    """Add what was not kept to the next gradient."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the preconditioned gradient; null: none."""
-    clip_value: float | None = Field(default=None, gt=0)
-    """Largest entry of the preconditioned gradient; null: none."""
-    skip: list[str] = Field(default_factory=list)
-    """Modules, by regular expression or class, that train with their plain gradient."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> GGT:
@@ -606,16 +630,18 @@ class ParameterServer(Strict):
 class Schedule(Strict):
     """Learning rate against epochs, as a multiple of optimizer.lr."""
 
-    kind: Literal["constant", "milestones", "cosine", "linear"] = "constant"
+    kind: Literal["constant", "milestones", "cosine", "linear", "inverse_sqrt", "plateau"] = "constant"
     """Shape after the warm-up."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Epochs of linear rise from `warmup_start` to 1."""
+    warmup_steps: int = Field(default=4000, ge=1)
+    """Step at which inverse_sqrt reaches 1: it rises linearly from 0 and falls as 1 / sqrt(step)."""
     warmup_start: ScaledShareOrNone = 0.1
     """Multiple at the very beginning of the warm-up."""
     milestones: list[float] = Field(default_factory=list)
     """Epochs after which the rate is multiplied by `gamma`."""
     gamma: float = Field(default=0.1, gt=0)
-    """Factor per milestone."""
+    """Factor per milestone; of plateau, per evaluation whose loss is no lower than the lowest before."""
     final: float = Field(default=0.0, ge=0)
     """Multiple at the end of cosine and linear."""
     by: Literal["step", "epoch"] = "step"
@@ -627,6 +653,10 @@ class Schedule(Strict):
             raise ValueError("kind: milestones and a list of milestones belong together")
         if self.milestones != sorted(self.milestones):
             raise ValueError("milestones must rise")
+        if self.kind == "inverse_sqrt" and (self.warmup_epochs or self.by == "epoch"):
+            raise ValueError(
+                "inverse_sqrt goes by steps: it takes warmup_steps, no warmup_epochs and by: step"
+            )
         return self
 
 
@@ -638,6 +668,9 @@ class Loss(Strict):
     of a micro-batch's pixels, the mean over micro-batches by their size."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all classes, in training; cross_entropy only."""
+    average: Literal["samples", "tokens", "none"] = "samples"
+    """Of text: what the sum over the tokens of a step is divided by: its samples (sentences), its tokens, or
+    the ranks alone, so that each rank's gradient is the plain sum over its tokens."""
     smooth: float = Field(default=1.0, ge=0)
     """Added to both sides of Dice's fraction; dice only."""
 
@@ -646,6 +679,19 @@ class Loss(Strict):
         if self.label_smoothing and self.name == "dice":
             raise ValueError("label_smoothing belongs to cross_entropy, not dice")
         return self
+
+
+class Decoding(Strict):
+    """How translations are written for BLEU: beam search."""
+
+    beam: int = Field(default=5, ge=1)
+    """Hypotheses that are kept at each word; 1: the best word each time."""
+    length_penalty: float = Field(default=0.7, ge=0)
+    """Hypotheses compare by log-probability over length to this power."""
+    max_words: int = Field(default=100, ge=1)
+    """Longest translation."""
+    every_epochs: int = Field(default=1, ge=1)
+    """Epochs between evaluations that translate; the last one always does."""
 
 
 class Checkpoint(Strict):
@@ -738,8 +784,8 @@ class Experiment(Strict):
     """Where this file departs from the published code or text, and why."""
     published: list[Published] = Field(default_factory=list)
     """Headline results that this experiment should be held against."""
-    task: Literal["classification", "segmentation"] = "classification"
-    """What is learned: a class for each image, or a mask."""
+    task: Task = "classification"
+    """What is learned: a class for each sample, a mask, a translation, or the next word of a text."""
     strategy: Literal["ddp", "full_batch", "parameter_server"] = "ddp"
     """How ranks work together: all alike on a batch per step, or on the whole training set; or one server and
     workers."""
@@ -765,6 +811,8 @@ class Experiment(Strict):
     """Learning rate against epochs."""
     loss: Loss = Loss()
     """The training loss."""
+    decoding: Decoding = Decoding()
+    """How translations are written for BLEU; task translation only."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of forward and backward; fp16 scales the loss and needs a GPU."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -795,15 +843,31 @@ class Experiment(Strict):
 
     @model_validator(mode="after")
     def _task_fits(self) -> Experiment:
-        is_segmentation = self.task == "segmentation"
-        if is_segmentation != (DATASETS[self.data.name].task == "segmentation"):
+        facts = DATASETS[self.data.name]
+        if facts.task != self.task:
             raise ValueError(f"data set {self.data.name} is not for task {self.task}")
-        if is_segmentation != (self.model.name == "unet"):
-            raise ValueError(f"model {self.model.name} is not for task {self.task}")
-        if is_segmentation != (self.loss.name == "dice"):
+        is_text_model = self.model.name in TEXT_MODELS
+        if MODEL_TASKS.get(self.model.name, "classification") != self.task or is_text_model != (
+            facts.kind == "text"
+        ):
+            raise ValueError(f"model {self.model.name} is not for task {self.task} on {facts.kind}")
+        if (self.task == "segmentation") != (self.loss.name == "dice"):
             raise ValueError(f"loss {self.loss.name} is not for task {self.task}")
-        if is_segmentation and getattr(self.preconditioner, "fisher", "empirical") != "empirical":
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Experiment:
+        is_text = DATASETS[self.data.name].kind == "text"
+        if self.loss.average != "samples" and not is_text:
+            raise ValueError(f"loss.average: {self.loss.average} is for text")
+        if is_text and (self.strategy == "full_batch" or isinstance(self.optimizer, LBFGS)):
+            raise ValueError("strategy full_batch and optimizer lbfgs: not for data of text")
+        if getattr(self.preconditioner, "fisher", "empirical") == "empirical":
+            return self
+        if self.task == "segmentation":
             raise ValueError("fisher: empirical is the only one for task segmentation")
+        if self.task == "translation" and self.loss.average == "tokens":
+            raise ValueError("fisher: mc and type-2 of sentences need loss.average samples or none")
         return self
 
     @model_validator(mode="after")
@@ -817,6 +881,7 @@ class Experiment(Strict):
             "precision: fp16 (a scaled loss needs all ranks in step)": self.precision == "fp16",
             "data.workers (workers load their samples themselves)": self.data.workers > 0,
             "diagnostics.profiling": self.diagnostics.profiling,
+            "data of text": DATASETS[self.data.name].kind == "text",
         }
         if wrong := [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"{'; '.join(wrong)}: not for strategy parameter_server")
@@ -839,6 +904,8 @@ def _check_lbfgs(experiment: Experiment, optimizer: LBFGS) -> None:
         "preconditioner: it has curvature of its own": experiment.preconditioner is not None,
         "clip_norm: a clipped gradient is not that of the loss": experiment.clip_norm is not None,
         f"precision {experiment.precision}: it needs fp32": experiment.precision != "fp32",
+        f"loss.average {experiment.loss.average}: it evaluates means over samples": experiment.loss.average
+        != "samples",
         "schedule.warmup_start 0: a first step of 0 leads nowhere": experiment.schedule.warmup_epochs > 0
         and not experiment.schedule.warmup_start,
         "strategy parameter_server: all ranks must take the same step": experiment.strategy

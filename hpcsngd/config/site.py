@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hpcsngd.config.fields import Port, Strict, Text, Walltime, walltime_minutes
 
 Directive = bool | Text
+_SSH_HOST = re.compile(r"(?!-)[^\s/]+")  # ssh would read a leading dash as an option
 
 
 class Scheduler(Strict):
     """How jobs reach the nodes."""
 
     kind: Literal["slurm", "local", "lsf", "ssh"]
-    """The scheduler; `local` starts processes on this machine."""
+    """The scheduler; `local` starts processes on this machine, `ssh` on `hosts`; both have no queue."""
+    hosts: list[Text] = Field(default_factory=list)
+    """ssh: the hosts, as ssh takes them (a name, `user@name`, an alias of your ssh configuration); a run gets
+    the first ones."""
+    addresses: dict[str, Text] = Field(default_factory=dict)
+    """ssh: host -> address where the other hosts find it; default: its name in `hosts`."""
+    user: Text | None = None
+    """ssh: login name; default: ssh's."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """ssh: port of the hosts' ssh servers; default: ssh's."""
+    python: Text | None = None
+    """ssh: Python of the agents, and of workers without an image; default: the one that runs hpcsngd."""
+    pass_env: list[Text] = Field(default_factory=list)
+    """ssh: variables of the submitter that go along, besides PYTHONPATH; never written to a file."""
     account: Text | None = None
     """Project that is charged."""
     partition: Text | None = None
@@ -42,15 +57,26 @@ class Scheduler(Strict):
     exclusive: bool = False
     """Ask for whole nodes."""
     options: dict[str, Directive] = Field(default_factory=dict)
-    """More directives, name without dashes -> value; `true` writes the bare option."""
+    """More directives, name without dashes -> value; `true` writes the bare option. With ssh: more options of
+    ssh's configuration, such as `IdentityFile`; `true` is `yes`."""
     skip_options: list[Text] = Field(default_factory=list)
     """Directives to leave out because the site refuses them, such as `mem` or `gpus-per-node`."""
     parallel_cells: int | None = Field(default=None, ge=1)
-    """How many cells of a sweep run at once; default: no limit, on a local site one."""
+    """How many cells of a sweep run at once; default: no limit, without a queue (local, ssh) one."""
     poll_s: float = Field(default=30.0, gt=0)
     """Seconds between questions to the scheduler while waiting."""
     command_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds after which a scheduler command that does not answer is given up."""
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts_are_hosts(cls, hosts: list[str]) -> list[str]:
+        if wrong := [host for host in hosts if not _SSH_HOST.fullmatch(host)]:
+            raise ValueError(f"{wrong[0]!r} is no host; allowed: a name, user@name or an address")
+        bare = [host.rpartition("@")[2] for host in hosts]
+        if twice := [host for host in bare if bare.count(host) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice; one agent per host")
+        return hosts
 
 
 class ResourceSets(Strict):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hpcsngd.config.catalogue import DATASETS, TORCHVISION_PREFIX
+from hpcsngd.config.catalogue import DATASETS, SMALL_ARGS, TORCHVISION_PREFIX
 from hpcsngd.config.experiment import GGT, KFAC, MFAC, DampingSteps, Data, Experiment, HyLo, Muon
 from hpcsngd.config.resolve import Override, Resolved, amend
 
@@ -20,6 +20,8 @@ EPOCHS = 2
 RANKS = 2
 SAMPLES = {"train_limit": 32, "test_limit": 16}
 """Two steps of the two ranks, and one evaluation; all there are where a step is a file."""
+LENGTH = 8
+"""Tokens of a sample of a text."""
 
 _BATCH = 8
 _PIXELS = 32
@@ -72,6 +74,7 @@ def overrides(experiment: Experiment, data_root: str) -> list[Override]:
         **({"data.train_limit": None} if getattr(experiment.optimizer, "batches", "") == "file" else {}),
         **dict(_optimizer(experiment)),
         **dict(_schedule(experiment)),
+        **({"decoding.beam": 2, "decoding.max_words": 8} if experiment.task == "translation" else {}),
         **dict(_preconditioner(experiment)),
         **dict(_server(experiment)),
     }
@@ -89,6 +92,8 @@ def _server(experiment: Experiment) -> Iterator[tuple[str, Any]]:
 
 
 def _model(name: str) -> dict[str, Any]:
+    if name in SMALL_ARGS:
+        return {f"model.args.{key}": value for key, value in SMALL_ARGS[name].items()}
     if not name.startswith(TORCHVISION_PREFIX):
         return {} if name == "linear" else {"model.args.width": _WIDTH}
     return {"model.args.width_per_group": _WIDTH} if name in _NARROWED else {}
@@ -97,7 +102,13 @@ def _model(name: str) -> dict[str, Any]:
 def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
     facts = DATASETS[data.name]
     yield "data.workers", 0
-    yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
+    if facts.task == "language_modelling":
+        # the text is as long as two steps of the two ranks
+        yield "data.stream.length", LENGTH
+    else:
+        yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
+    if facts.task == "translation":
+        yield "data.translation.min_count", 1
     if not facts.needs_root:
         return
     yield from {"data.root": root, "data.download": False, "data.stage": None}.items()
@@ -122,6 +133,8 @@ def _optimizer(experiment: Experiment) -> Iterator[tuple[str, Any]]:
 def _schedule(experiment: Experiment) -> Iterator[tuple[str, Any]]:
     shrinks = EPOCHS / experiment.epochs
     yield "schedule.warmup_epochs", experiment.schedule.warmup_epochs * shrinks
+    if experiment.schedule.kind == "inverse_sqrt":
+        yield "schedule.warmup_steps", 2
     yield "schedule.milestones", [epoch * shrinks for epoch in experiment.schedule.milestones]
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import platform
+import signal
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -289,6 +290,9 @@ class Supervisor:
     def _look(self, now: float) -> Reason | None:
         """Gives a sign of life and looks at the others'; returns why the workers should be ended, if so."""
         self._context.sign(lifeline.WATCHING)
+        if self._plan.ssh and self._attempt.cancel_request.exists() and not self._stop.is_requested:
+            # whoever cancelled may not reach this host; elsewhere the scheduler's signal is sure to come
+            os.kill(os.getpid(), signal.SIGTERM)
         if self._place.is_leader:
             self._mind_the_limit(now)
         elif self._newer():

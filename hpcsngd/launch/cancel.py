@@ -18,6 +18,8 @@ from hpcsngd import rundir
 from hpcsngd.errors import SchedulerError
 from hpcsngd.launch import remains, schedulers, status
 from hpcsngd.launch.queued import AlreadyEndedError
+from hpcsngd.launch.ssh import jobs as ssh_jobs
+from hpcsngd.launch.ssh.jobs import Agents
 from hpcsngd.launch.status import Job, RunState
 from hpcsngd.rundir import RunDir, Status
 
@@ -48,7 +50,11 @@ def cancel(runs: Sequence[RunDir]) -> list[Cancelled]:
     for run, _, _ in chosen:
         _note(run)
     _cancel_queued(chosen)
-    words = {run.path: _cancel_local(job) for run, _, job in chosen if job.scheduler == "local"}
+    words = {
+        run.path: _cancel_agents(job.agents) if job.agents else _cancel_local(job)
+        for run, _, job in chosen
+        if schedulers.of(job.scheduler) is None
+    }
     for run, state, job in chosen:
         # nobody else would: no agent has started
         if state.state == "pending" and not job.has_started and schedulers.of(job.scheduler):
@@ -90,9 +96,18 @@ def _cancel_local(job: Job) -> str:
     return "its workers are asked to leave"
 
 
+def _cancel_agents(agents: Agents) -> str:
+    """Asks the agents of a job on several hosts; one that is not reached reads the note in time."""
+    said = agents.ask("end", is_hard=False)
+    late = "; its agent will see the note in the run directory"
+    unknown = [f"{words}{late}" for words in ssh_jobs.complaints(said)]
+    return "; ".join(["its workers are asked to leave", *unknown])
+
+
 def _text(state: RunState, was_sent: bool, words: str) -> str:
     if not was_sent:
         return f"had ended already: {state.state}"
     scheduler = schedulers.of(state.scheduler)
-    where = f"{scheduler.title} job {state.job_id}" if scheduler else f"process {state.job_id}"
+    local = f"process {state.job_id}" if state.host else f"job {state.job_id}"
+    where = f"{scheduler.title} job {state.job_id}" if scheduler else local
     return f"cancelled ({where}, was {state.state}{'; ' + words if words else ''})"

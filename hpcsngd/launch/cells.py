@@ -1,12 +1,13 @@
-"""The controller of a sweep on a local site: starts the cells one after the other, or a few at once.
+"""The controller of a sweep where there is no queue: starts the cells one after the other, or a few at once.
 
 ``python -m hpcsngd.launch.cells SWEEP ARRAY PARALLEL``, in a session of its own, so that it outlives the
-terminal. Each cell it starts is an ordinary local run with a controller of its own; when this process is
-killed, those go on and the rest is not started.
+terminal. Each cell it starts is an ordinary run, a local one with a controller of its own; when this process
+is killed, those go on and the rest is not started.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
@@ -14,11 +15,12 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from hpcsngd import sweepdir
 from hpcsngd.errors import HpcsngdError
-from hpcsngd.launch import environment, processes
+from hpcsngd.launch import environment, processes, status
 from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.sending import send
 from hpcsngd.rundir import RunDir, Status
@@ -60,13 +62,13 @@ def command(sweep: SweepDir, array: int, parallel: int) -> list[str]:
 def run(sweep: SweepDir, array: int, parallel: int) -> None:
     """Starts the cells of a list in order, at most ``parallel`` at once, and returns when all have ended."""
     waiting = deque(sweep.array(array))
-    running: dict[int, int | None] = {}
+    running: list[Callable[[], bool]] = []
     while waiting or running:
-        running = {pid: ticks for pid, ticks in running.items() if _is_alive(pid, ticks)}
+        running = [is_running for is_running in running if is_running()]
         while waiting and len(running) < parallel:
             member = waiting.popleft()
-            if (pid := _start_cell(sweep.run(member.run), member)) is not None:
-                running[pid] = processes.start_ticks(pid)
+            if (is_running := _start_cell(sweep.run(member.run), member)) is not None:
+                running.append(is_running)
         time.sleep(POLL_S)
 
 
@@ -74,20 +76,40 @@ def _is_alive(pid: int, ticks: int | None) -> bool:
     return ticks is not None and processes.start_ticks(pid) == ticks
 
 
-def _start_cell(cell: RunDir, member: Member) -> int | None:
-    """Starts a cell and returns its process id; None if it was cancelled or cannot start."""
+class _OnHosts:
+    """Tells whether a cell on hosts that are reached by ssh still runs; its files are asked first."""
+
+    def __init__(self, cell: RunDir) -> None:
+        self._cell = cell
+        self._every_s = float(cell.record()["config"]["site"]["scheduler"]["poll_s"])
+        self._next = time.monotonic() + self._every_s
+
+    def __call__(self) -> bool:
+        if status.current(self._cell):
+            return False
+        if time.monotonic() < self._next:
+            return True
+        self._next = time.monotonic() + self._every_s
+        return not status.states([self._cell])[0].has_ended
+
+
+def _start_cell(cell: RunDir, member: Member) -> Callable[[], bool] | None:
+    """Starts a cell and returns what tells whether it runs; None if it was cancelled or cannot start."""
     attempt = cell.attempt(member.attempt)
     if attempt.cancel_request.exists():
         cell.write_status(Status("cancelled", "cancelled before it started", member.attempt))
         return None
+    plan = Plan.from_record(cell.plan_record(member.attempt))
     try:
-        pid = int(send(cell, Plan.from_record(cell.plan_record(member.attempt)), member.attempt))
+        job_id = send(cell, plan, member.attempt)
     except (HpcsngdError, OSError) as error:
         cell.write_status(Status("failed", f"not started: {error}", member.attempt))
         log.exception("cell %s cannot start", member.run)
         return None
-    log.info("cell %s: attempt %d, process %d", member.run, member.attempt, pid)
-    return pid
+    log.info("cell %s: attempt %d, job %s", member.run, member.attempt, job_id)
+    if plan.ssh:
+        return _OnHosts(cell)
+    return functools.partial(_is_alive, int(job_id), processes.start_ticks(int(job_id)))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ SCHEDULER_PREFIXES = (
     "BSUB_",
     "CSM_",
     "HPCSNGD_LSF_",
+    "HPCSNGD_SSH_",
     "JSM_",
     "PMI_",
     "PMI2_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from submitit import JobEnvironment
 
 from hpcsngd.launch import names, schedulers
 from hpcsngd.launch.lsf import node as lsf_node
-from hpcsngd.launch.plan import Plan
+from hpcsngd.launch.plan import WITHOUT_QUEUE, Plan
+from hpcsngd.launch.ssh import remote
 
 _RESTARTS = ("SLURM_RESTART_COUNT", lsf_node.RESTARTS)
 
@@ -48,11 +50,16 @@ class Place:
 
         A host often calls itself 127.0.0.1, so its own word will not do for others.
         """
-        return "127.0.0.1" if plan.scheduler == "local" else names.address(self.hosts[0])
+        if plan.ssh and plan.nodes > 1:  # an alias of ssh's configuration is no name to others
+            return plan.ssh.address(0)
+        return "127.0.0.1" if plan.scheduler in WITHOUT_QUEUE else names.address(self.hosts[0])
 
 
 def locate() -> Place:
-    """Returns where this process stands, by the word of submitit and the scheduler."""
+    """Returns where this process stands, by the word of submitit and the scheduler, or of who used ssh."""
+    if told := os.environ.get(remote.PLACE):
+        facts = json.loads(told)
+        return Place(**facts | {"hosts": tuple(facts["hosts"])})
     job = JobEnvironment()
     return Place(
         job_id=job.job_id,

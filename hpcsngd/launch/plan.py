@@ -24,8 +24,11 @@ from hpcsngd.launch import container, directives, limits, refusals
 from hpcsngd.launch.lsf import flavors
 from hpcsngd.launch.lsf.flavors import Flavor
 from hpcsngd.launch.lsf.launchers import ResourceSets
+from hpcsngd.launch.ssh.words import Ssh
 
 WORKER = "hpcsngd.train.worker"
+WITHOUT_QUEUE = ("local", "ssh")
+"""Kinds of sites whose jobs start at once."""
 
 Directive = str | int | bool
 
@@ -74,7 +77,7 @@ class Plan:
         site_name: the site.
         exp_name: the experiment.
         job_name: the experiment's name as schedulers accept it.
-        scheduler: ``slurm``, ``lsf`` or ``local``.
+        scheduler: ``slurm``, ``lsf``, ``ssh`` or ``local``.
         nodes: nodes of the job.
         ranks_per_node: workers on each node.
         gpus_per_node: GPUs asked for on each node.
@@ -110,6 +113,7 @@ class Plan:
         batch_host: of LSF: whether the first host is no compute node: ``yes``, ``no`` or ``auto``.
         resource_sets: what the site sets for jsrun, by the names of `ResourceSets`; None: the usual ones.
         after: paths of runs that must have completed before this one begins, see `hpcsngd.launch.turn`.
+        ssh: the hosts and how they are reached; None where a scheduler or nobody gives hosts.
         is_served: whether there is a parameter server. Ranks then begin and end one by one: agents start each
             rank themselves in either mode, and one that is lost does not end the others.
     """
@@ -152,6 +156,7 @@ class Plan:
     batch_host: Literal["auto", "yes", "no"] = "auto"
     resource_sets: dict[str, Any] | None = None
     after: tuple[str, ...] = ()
+    ssh: Ssh | None = None
     is_served: bool = False
 
     @property
@@ -199,6 +204,8 @@ class Plan:
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
         }
+        if values.get("ssh"):
+            values["ssh"] = Ssh(**values["ssh"])
         return cls(**values)
 
 
@@ -221,6 +228,7 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER, 
     site, restart = resolved.site, resolved.experiment.restart
     launch = site.launch
     cores = site.cpus_per_node
+    python = site.scheduler.python or host.python
     plan = Plan(
         site_name=resolved.site_name,
         exp_name=resolved.exp_name,
@@ -233,9 +241,9 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER, 
         walltime_min=limits.job_walltime_min(resolved),
         mode=launch.mode,
         launch_args=tuple(launch.args),
-        agent_python=host.python,
+        agent_python=python,
         container=container.exec_words(site.container, host.runtime) if site.container else (),
-        python=launch.python or ("python" if site.container else host.python),
+        python=launch.python or ("python" if site.container else python),
         worker=worker,
         preload=tuple(site.preload),
         env=dict(site.env),
@@ -245,12 +253,13 @@ def make(resolved: Resolved, *, host: Host | None = None, worker: str = WORKER, 
         ports=port_range(site.master_port),
         skip_options=tuple(site.scheduler.skip_options),
         command_timeout_s=site.scheduler.command_timeout_s,
-        # nobody would start a local run again: its controller goes with it
-        restart_on=() if site.scheduler.kind == "local" else tuple(restart.on),
+        # nobody would start a run again where there is no queue
+        restart_on=() if site.scheduler.kind in WITHOUT_QUEUE else tuple(restart.on),
         max_attempts=restart.max_attempts,
         stop_margin_s=site.stop_margin_s,
         hang_timeout_s=restart.hang_timeout_s or site.hang_timeout_s,
         start_timeout_s=max(site.start_timeout_s, launch.rendezvous_timeout_s),
+        ssh=Ssh.of(site.scheduler, resolved.nodes) if site.scheduler.kind == "ssh" else None,
         is_served=resolved.experiment.strategy == "parameter_server",
         **_launcher(resolved, host),
         **_image(resolved),

@@ -21,6 +21,7 @@ from hpcsngd.launch import commands, environment, verdict
 from hpcsngd.launch.executors import LsfSiteExecutor
 from hpcsngd.launch.lsf import request
 from hpcsngd.launch.plan import Plan
+from hpcsngd.launch.ssh import words
 
 QUEUE_S = 300
 """How long a probe may wait for a node."""
@@ -43,6 +44,9 @@ def command(made: Plan, folder: Path) -> list[str]:
         folder: an existing folder that is bound into the image in place of the run directory.
     """
     inside = commands.wrap(made, str(folder), [made.python, "-c", _TEXT])
+    if made.ssh:
+        shared = {**words.search_path(os.environ), **made.env}
+        return made.ssh.words(made.ssh.hosts[0], inside, shared)
     if made.scheduler == "local":
         return inside
     asked = [
@@ -72,12 +76,12 @@ def probe(made: Plan, folder: Path) -> str:
 
 def _here_or_by_srun(made: Plan, folder: Path) -> tuple[int, list[str]]:
     """Returns the exit status of the probe and what it printed."""
-    words = command(made, folder)
+    asked = command(made, folder)
     shared = environment.worker_environment(os.environ, made)
     try:
         # the time limit is a last resort: srun gives up by itself, and takes its job along
         done = subprocess.run(
-            words,
+            asked,
             capture_output=True,
             text=True,
             errors="replace",

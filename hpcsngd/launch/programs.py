@@ -25,8 +25,16 @@ class Said:
         return _one_line(self.err or self.out)
 
 
-def run(words: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None) -> Said:
+def run(
+    words: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None, text: str = ""
+) -> Said:
     """Runs a scheduler's program, whatever its exit status.
+
+    Args:
+        words: the command line.
+        timeout_s: seconds that it may take.
+        env: all its variables; default: ours.
+        text: its standard input, never the caller's, which bsub without a command would read.
 
     Raises:
         SchedulerError: it is missing or does not answer in time.
@@ -35,7 +43,7 @@ def run(words: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None
     try:
         done = subprocess.run(
             list(words),
-            stdin=subprocess.DEVNULL,  # bsub without a command would read the caller's
+            input=text,
             capture_output=True,
             text=True,
             check=False,

@@ -75,6 +75,7 @@ _LAUNCHERS = {
     "slurm": ("srun", "none"),
     "lsf": ("jsrun", "blaunch", "lsrun", "none"),
     "local": ("none",),
+    "ssh": ("none",),
 }
 """What starts agents under each scheduler."""
 
@@ -87,10 +88,6 @@ def _retired(resolved: Resolved) -> Iterator[str]:
 def _unsupported(resolved: Resolved) -> Iterator[str]:
     site = resolved.site
     kind = site.scheduler.kind
-    if kind not in _LAUNCHERS:
-        known = ", ".join(_LAUNCHERS)
-        yield f"{_rule(resolved, 'scheduler.kind')}: {kind} is not supported yet; allowed: {known}"
-        return
     launcher = site.launch.launcher
     if launcher not in (None, *_LAUNCHERS[kind]):
         yield (
@@ -140,6 +137,9 @@ def _resource_sets(resolved: Resolved) -> Iterator[str]:
 
 def _sizes(resolved: Resolved) -> Iterator[str]:
     site = resolved.site
+    hosts = len(site.scheduler.hosts)
+    if site.scheduler.kind == "ssh" and resolved.nodes > hosts:
+        yield f"{_rule(resolved, 'scheduler.hosts')}: ssh has {hosts} host(s), asked: {resolved.nodes}"
     gpus, ranks = resolved.gpus_per_node, resolved.ranks_per_node
     if site.scheduler.kind == "local" and resolved.nodes > 1:
         yield f"{_rule(resolved, 'scheduler.kind')}: local is one node, asked: {resolved.nodes}"

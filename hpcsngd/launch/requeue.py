@@ -41,7 +41,7 @@ def refusal(
     """
     if cause not in plan.restart_on:
         is_queued = schedulers.of(plan.scheduler) is not None
-        return f"restart.on has no {cause}" if is_queued else "local runs are not restarted"
+        return f"restart.on has no {cause}" if is_queued else f"{plan.scheduler} runs are not restarted"
     if attempt.cancel_request.exists():
         return "it was cancelled"
     number = attempts_in_a_row(run, attempt, restarts)

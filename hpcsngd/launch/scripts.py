@@ -17,6 +17,8 @@ from hpcsngd.launch import causes, commands, environment, plan, refusals, secret
 from hpcsngd.launch.executors import LsfSiteExecutor, SlurmSiteExecutor
 from hpcsngd.launch.lsf import launchers
 from hpcsngd.launch.plan import Directive, Host, Plan
+from hpcsngd.launch.ssh import jobs as ssh_jobs
+from hpcsngd.launch.ssh.words import Ssh
 from hpcsngd.rundir import RunDir
 
 _SHOWN = 30
@@ -28,6 +30,7 @@ RUN_DIR = "RUN_DIR"
 
 _FIRST_HOST = {
     "slurm": "the first host that Slurm gives",
+    "ssh": "the first of the site's hosts, by its address",
     "lsf": "the first compute host that LSF gives; a batch host has no rank and is not the master",
 }
 
@@ -53,6 +56,8 @@ def script(made: Plan, run_dir: Path) -> str:
     submit_dir = RunDir(run_dir).submit_dir
     if made.scheduler == "slurm":
         return SlurmSiteExecutor(submit_dir, made).script
+    if made.ssh:
+        return _ssh_commands(made.ssh, made.agent_python)
     return (
         LsfSiteExecutor(submit_dir, made).script if made.scheduler == "lsf" else _local_command(made, run_dir)
     )
@@ -103,6 +108,8 @@ def details(resolved: Resolved, made: Plan, run_dir: Path, sent: str, bsub: Sequ
         ]
     elif made.scheduler == "lsf":
         blocks = _lsf(resolved, made, run_dir, sent, bsub)
+    elif made.ssh and sent == script(made, run_dir):
+        blocks = [f"# --- agents are started with, on standard input the run directory\n{sent}"]
     else:
         blocks = [f"# --- started on this machine, in a session of its own\n{sent}"]
     return [
@@ -179,6 +186,10 @@ def _local_command(made: Plan, run_dir: Path) -> str:
     return f"# agents: {made.agents_per_node}\n{shlex.join(words)}"
 
 
+def _ssh_commands(ssh: Ssh, python: str) -> str:
+    return "\n".join(shlex.join(ssh_jobs.command(ssh, python, host)) for host in ssh.hosts)
+
+
 def _workers(made: Plan, run_dir: Path) -> str:
     first, last = made.ports
     port = f"# PORT: leased on node 0 at the start, {first if first == last else f'{first}-{last}'}"
@@ -206,7 +217,9 @@ def _readable(words: Sequence[str]) -> str:
 
 def _environment(made: Plan, resolved: Resolved) -> str:
     set_for_all = environment.worker_environment({}, made)
-    rows = ["# the submitter's, without scheduler and launcher variables, and:"]
+    passed = ", ".join(["PYTHONPATH", *made.ssh.pass_env]) if made.ssh else ""
+    whose = f"a login's on the host, with the submitter's {passed}" if passed else "the submitter's"
+    rows = [f"# {whose}, without scheduler and launcher variables, and:"]
     for name, value in sorted(set_for_all.items()):
         where = resolved.origins.get(f"site.env.{name}", "hpcsngd")
         rows.append(f"{f'{name}={shlex.quote(value)}':<60} {where}")

@@ -17,6 +17,7 @@ from hpcsngd.errors import SchedulerError
 from hpcsngd.launch import processes
 from hpcsngd.launch.executors import LocalSiteExecutor, LsfSiteExecutor, SlurmSiteExecutor
 from hpcsngd.launch.plan import Directive, Plan
+from hpcsngd.launch.ssh import jobs as ssh_jobs
 from hpcsngd.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ def send(run: RunDir, plan: Plan, attempt: int, **directives: Directive) -> str:
 
     say_what_is_dropped()
     run.submit_dir.mkdir(exist_ok=True)
+    if plan.ssh:
+        job_id, agents = ssh_jobs.start(run, plan, attempt)
+        rundir.write_yaml(run.attempt(attempt).submitted_yaml, job_facts(plan, job_id) | {"agents": agents})
+        return job_id
     asked = dataclasses.replace(plan, directives={**plan.directives, **directives})
     executor = EXECUTORS[plan.scheduler](run.submit_dir, asked)
     try:

@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpcsngd import rundir
+from hpcsngd import lifeline, rundir
 from hpcsngd.launch import processes, remains, schedulers
+from hpcsngd.launch.plan import Plan
 from hpcsngd.launch.queued import ENDED, PENDING, UNKNOWN, Answer
+from hpcsngd.launch.ssh import jobs as ssh_jobs
+from hpcsngd.launch.ssh.jobs import Agents
 from hpcsngd.rundir import Attempt, Fault, RunDir, Status
 from hpcsngd.tables import TABLES
 
@@ -37,7 +40,7 @@ class RunState:
             and nobody knows how it ended.
         reason: one line; empty when there is nothing to say.
         attempt: number of the newest attempt.
-        scheduler: slurm, lsf or local.
+        scheduler: slurm, lsf, ssh or local.
         job_id: the scheduler's id; empty if nothing was submitted.
         host: the host of the submission on a local site, else empty.
         fault_kind: one of `rundir.FAULT_KINDS` for a run that ended badly, else empty.
@@ -94,13 +97,14 @@ class Job:
     """The newest job of a run, as its directory tells.
 
     Attributes:
-        scheduler: slurm, lsf or local.
+        scheduler: slurm, lsf, ssh or local.
         job_id: the scheduler's id, or the controller's process id.
         host: where it was submitted.
         start_ticks: with the process id, names the controller for as long as the machine is up.
         utc: when it was submitted.
         has_started: whether an agent has begun the newest attempt.
         is_queued: whether another process will start it; ``job_id`` is then that process's.
+        agents: of a job without a scheduler on several hosts: its agents.
     """
 
     scheduler: str
@@ -110,6 +114,7 @@ class Job:
     utc: str
     has_started: bool
     is_queued: bool
+    agents: Agents | None = None
 
     @property
     def is_alive_here(self) -> bool:
@@ -170,6 +175,7 @@ def newest_job(run: RunDir) -> Job | None:
     for attempt in reversed(attempts):
         if attempt.submitted_yaml.exists():
             facts = rundir.read_yaml(attempt.submitted_yaml)
+            plan = Plan.from_record(run.plan_record(attempt.number)) if "agents" in facts else None
             return Job(
                 scheduler=str(facts["scheduler"]),
                 job_id=str(facts["job_id"]),
@@ -178,6 +184,7 @@ def newest_job(run: RunDir) -> Job | None:
                 utc=str(facts["utc"]),
                 has_started=attempts[-1].attempt_yaml.exists() and not attempts[-1].ended_yaml.exists(),
                 is_queued=bool(facts.get("queued")),
+                agents=Agents.of(run, plan, facts) if plan else None,
             )
     return None
 
@@ -191,6 +198,8 @@ def _word(run: RunDir, job: Job | None, answers: Mapping[str, Answer]) -> _Word:
     if job is None:
         return _Word("lost", "it was never submitted: submission was interrupted", "unknown")
     scheduler = schedulers.of(job.scheduler)
+    if job.agents:
+        return _ssh_word(run, job, job.agents)
     if scheduler is None:
         return _local_word(run, job)
     return _queue_word(run, job, scheduler.title, answers[job.scheduler])
@@ -204,6 +213,24 @@ def _local_word(run: RunDir, job: Job) -> _Word:
         return _Word(by_files)
     gone = _Word("lost", f"process {job.job_id} on {job.host} is gone and wrote no status", "killed")
     return _by_remains(run, gone, may_be_complete=True)
+
+
+def _ssh_word(run: RunDir, job: Job, agents: Agents) -> _Word:
+    """Returns the word of the hosts: a job without a scheduler lives as long as one of its agents."""
+    said = agents.ask("alive")
+    if all(each is False for each in said):
+        hosts = ", ".join(agents.ssh.names)
+        text = f"no agent of job {job.job_id} runs on {hosts}, and it wrote no status"
+        return _by_remains(run, _Word("lost", text, "killed"), may_be_complete=True)
+    folder = run.attempts()[-1].heartbeats
+    beats = [lifeline.read_beat(folder, f"agent{index}") for index in range(len(said))]
+    dead = [
+        f"agent {index} on {agents.agents[index]['host']} is gone"
+        for index, (each, beat) in enumerate(zip(said, beats, strict=True))
+        if each is False and (beat is None or beat.phase != lifeline.ENDED)
+    ]
+    unknown = [f"cannot be asked: {words}" for words in ssh_jobs.complaints(said)]
+    return _Word("running" if job.has_started else "pending", "; ".join([*dead, *unknown]))
 
 
 def _queue_word(run: RunDir, job: Job, title: str, answer: Answer) -> _Word:

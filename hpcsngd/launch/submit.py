@@ -98,6 +98,8 @@ def need_scheduler(made: Plan) -> None:
         SchedulerError: its commands are not in PATH.
     """
     scheduler = schedulers.of(made.scheduler)
+    if made.ssh and shutil.which("ssh") is None:
+        raise SchedulerError(f"ssh is not in PATH, but site {made.site_name} reaches its hosts by it")
     if scheduler and shutil.which(scheduler.submit_program) is None:
         raise SchedulerError(
             f"{scheduler.submit_program} is not in PATH, but site {made.site_name} needs {scheduler.title}: "

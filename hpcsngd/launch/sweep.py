@@ -270,7 +270,7 @@ def _send(
     sweep: SweepDir, due: Sequence[Placed], parallel: int | None, directives: Mapping[str, Directive]
 ) -> list[str]:
     """Submits the cells that are due; returns the job ids."""
-    if due[0].plan.scheduler == "local":
+    if due[0].plan.scheduler in plan.WITHOUT_QUEUE:
         number = sweep.next_array()
         sweep.write_array(number, [each.member for each in due])
         return [_start_controller(sweep, due, number, parallel or 1)]
@@ -288,7 +288,9 @@ def _send(
 
 def _start_controller(sweep: SweepDir, due: Sequence[Placed], number: int, parallel: int) -> str:
     controller = cells.start(sweep, number, parallel)
-    facts = job_facts(due[0].plan, str(controller.pid)) | {"queued": True}
+    # until a cell is started, it is a process of this machine that will start it
+    waiting = dataclasses.replace(due[0].plan, scheduler="local")
+    facts = job_facts(waiting, str(controller.pid)) | {"queued": True}
     for each in due:
         _record_job(each, facts)
     if controller.stdin:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpcsngd.config.matrix import Matrix
 from hpcsngd.launch import arrays, cells, scripts, sweep
-from hpcsngd.launch.plan import Directive, Host
+from hpcsngd.launch.plan import WITHOUT_QUEUE, Directive, Host
 from hpcsngd.launch.sweep import Placed
 from hpcsngd.sweepdir import SweepDir
 
@@ -41,7 +41,7 @@ def dry_run(
         return "\n\n".join(head) + "\n"
     bsub: list[str] = []
     first, parallel = due[0], due[0].cell.resolved.site.scheduler.parallel_cells
-    if first.plan.scheduler == "local":
+    if first.plan.scheduler in WITHOUT_QUEUE:
         sent = shlex.join(cells.command(place, place.next_array(), parallel or 1))
     else:
         group = [each for each in due if arrays.key(each.plan) == arrays.key(first.plan)]

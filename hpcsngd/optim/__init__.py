@@ -8,6 +8,7 @@ from torch import nn
 
 from hpcsngd.optim.base import Preconditioner as Preconditioner
 from hpcsngd.optim.base import Schedule as Schedule
+from hpcsngd.optim.decay import DecoupledSGD as DecoupledSGD
 from hpcsngd.optim.dropin import PreconditionedSGD as PreconditionedSGD
 from hpcsngd.optim.ggt import GGT as GGT
 from hpcsngd.optim.hybrid import SwitchRule as SwitchRule

@@ -31,8 +31,8 @@ class Preconditioner(ABC):
         preconditioner.step()
         optimizer.step()
 
-    Weight decay, momentum, clipping and learning rates belong to the optimizer. Save state between ``step()``
-    and the next forward pass: what is captured in between is not part of it.
+    Learning rates, momentum and decoupled weight decay (`hpcsngd.optim.decay`) belong to the optimizer. Save
+    state between ``step()`` and the next forward pass: what is captured in between is not part of it.
 
     Attributes:
         skipped: module name -> why its parameters keep their plain gradient.

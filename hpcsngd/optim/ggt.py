@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from hpcsngd.optim.checks import check_choice
+from hpcsngd.optim.chosen import Parameters
+from hpcsngd.optim.clipping import Clip
 from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.stored import EntryFormat, StoreRule
 from hpcsngd.optim.topk import MAX_BLOCK, Scope
 from hpcsngd.optim.window import inverse_root
-from hpcsngd.optim.windowed import Clip, Parameters, Windowed
+from hpcsngd.optim.windowed import Windowed
 
 #: How GGT stores gradients.
 GGTStorage = Literal["dense", "sparse"]
@@ -45,9 +47,11 @@ class GGT(Windowed):
         scope: where entries compete for being sent.
         block_size: of scope ``block``.
         feedback: False drops what is not sent.
+        weight_decay: coupled: stored and preconditioned with the gradient; see `hpcsngd.optim.decay`.
         clip_norm: largest norm of the result.
         clip_value: largest absolute entry of the result.
-        skip: modules whose parameters keep their plain gradient; needs a model.
+        skip: modules by class or regular expression, such as ``["BatchNorm2d"]``, whose parameters train with
+            their plain gradient; needs a model.
         dtype: of window and products; default: the parameters', at least float32.
         profile: whether to time the phases.
 
@@ -71,6 +75,7 @@ class GGT(Windowed):
         scope: Scope = "block",
         block_size: int = MAX_BLOCK,
         feedback: bool = True,
+        weight_decay: float = 0.0,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         skip: Sequence[Skip] = (),
@@ -93,10 +98,17 @@ class GGT(Windowed):
             dtype=dtype,
             skip=skip,
             scale=1.0,
+            weight_decay=weight_decay,
             clip=Clip(clip_norm, clip_value),
             profile=profile,
         )
         self._beta1, self._beta2, self._eps = beta1, beta2, eps
+
+    def _read(self) -> Tensor:
+        gradient = super()._read()
+        if self._weight_decay:
+            gradient.add_(self._flat.read_weights(self._dtype), alpha=self._weight_decay)
+        return gradient
 
     def _damping(self) -> float:
         return self._eps

@@ -13,13 +13,14 @@ entry, plus ``4 d``; low rank ``4 m rank (n_1 + n_2)`` per ``n_1 x n_2`` tensor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-#: Entries of a sparse history that are widened at once: bounds the temporary memory of both products.
-CHUNK_ENTRIES = 1 << 22
+#: Entries of a sparse history that go through a product at once, which bounds its temporary memory: on a CPU
+#: few enough to stay in its caches (of 2^16 to 2^22 the fastest at m = 1024), on a GPU for few launches.
+CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 22
 
 
 class History(ABC):
@@ -92,8 +93,8 @@ class DenseHistory(History):
 class SparseHistory(History):
     """Chosen entries of gradients: ``m k`` values and positions.
 
-    Positions are relative to the start of their block (`hpcsngd.optim.topk`), as integers of 32 or 16 bits:
-    8, 6 or, with bfloat16 values, 4 bytes per entry. EFCP's format takes 12.
+    Positions of 32 bits are absolute, those of 16 bits relative to the start of their block
+    (`hpcsngd.optim.topk`): 8, 6 or, with bfloat16 values, 4 bytes per entry. EFCP's format takes 12.
 
     Args:
         capacity: m, the number of slots.
@@ -116,7 +117,7 @@ class SparseHistory(History):
     ) -> None:
         self.capacity = capacity
         self._size = size
-        self._dtype = dtype
+        self._dtype, self._is_short = dtype, is_short
         self._offsets = offsets
         shape, device = (capacity, len(offsets)), offsets.device
         self._values = torch.zeros(shape, dtype=value_dtype, device=device)
@@ -126,12 +127,13 @@ class SparseHistory(History):
     def write(self, slot: int, values: Tensor, positions: Tensor) -> None:
         """Stores the chosen entries of a gradient; positions are absolute."""
         self._values[slot] = values
-        self._positions[slot] = (positions - self._offsets).to(self._positions.dtype)
+        kept = positions - self._offsets if self._is_short else positions
+        self._positions[slot] = kept.to(self._positions.dtype)
 
     def products(self, vector: Tensor, count: int) -> Tensor:
         """Returns ``G x``."""
         parts = [
-            (vector.index_select(0, positions.view(-1)).view_as(values) * values).sum(1)
+            vector.index_select(0, positions.view(-1)).view_as(values).mul_(values).sum(1)
             for values, positions in self._chunks(count)
         ]
         return torch.cat(parts)
@@ -146,7 +148,7 @@ class SparseHistory(History):
         start = 0
         for values, positions in self._chunks(len(coefficients)):
             weights = coefficients[start : start + len(values)].to(result)
-            result.index_add_(0, positions.view(-1), (weights[:, None] * values).view(-1))
+            _scatter(result, positions.view(-1), (weights[:, None] * values).view(-1))
             start += len(values)
         return result
 
@@ -160,14 +162,25 @@ class SparseHistory(History):
         """Returns values and positions."""
         return {"values": self._values, "positions": self._positions}
 
-    def _chunks(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Returns values and absolute positions of the first ``count`` rows, a few rows at a time."""
-        rows = max(1, CHUNK_ENTRIES // max(1, self._values.shape[1]))
-        slices = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-        return [(self._values[part].to(self._dtype), self._widened(part)) for part in slices]
+    def _chunks(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields values and absolute positions of the first ``count`` rows, a few rows at a time."""
+        entries = CPU_CHUNK if self._values.device.type == "cpu" else GPU_CHUNK
+        rows = max(1, entries // max(1, self._values.shape[1]))
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            yield self._values[part].to(self._dtype), self._widened(part)
 
     def _widened(self, rows: slice) -> Tensor:
-        return self._positions[rows].to(torch.int32) + self._offsets
+        return self._positions[rows] + self._offsets if self._is_short else self._positions[rows]
+
+
+def _scatter(result: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Adds values to a vector at positions, of which several may be the same."""
+    if result.device.type == "cpu" and len(positions):
+        # half the time of index_add_ there; on a GPU its order, and so its rounding, would change
+        result.add_(torch.bincount(positions, values, len(result)))
+    else:
+        result.index_add_(0, positions, values)
 
 
 class LowRankHistory(History):

@@ -7,19 +7,22 @@ ICML 2024.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hpcsngd.optim.base import Schedule
 from hpcsngd.optim.checks import check_choice, positive
+from hpcsngd.optim.chosen import Parameters
+from hpcsngd.optim.clipping import Clip
 from hpcsngd.optim.covering import Skip
+from hpcsngd.optim.factor import BLOCK, RingFactor
 from hpcsngd.optim.stored import EntryFormat, Storage, StoreRule
 from hpcsngd.optim.topk import MAX_BLOCK, Scope
 from hpcsngd.optim.window import solve_shifted
-from hpcsngd.optim.windowed import Clip, Parameters, Windowed
+from hpcsngd.optim.windowed import Windowed
 
 #: What the sum of outer products is divided by: m always, or the number of gradients so far.
 ScaleRule = Literal["window", "count"]
@@ -31,6 +34,10 @@ Target = Literal["sent", "gradient"]
 Early = Literal["none", "gradient", "error", "dense"]
 
 
+#: A factor is kept for windows of more blocks than this.
+_FEW_BLOCKS = 8
+
+
 class MFAC(Windowed):
     """Preconditions the gradient by ``(damping I + 1/s sum_i g_i g_i^T)^-1`` over the last m gradients.
 
@@ -38,12 +45,9 @@ class MFAC(Windowed):
     when it is preconditioned. Damping is in units of the eigenvalues of the mean outer product of *batch*
     gradients; unlike with HyLo and K-FAC these depend on the batch size: less noise, smaller eigenvalues.
 
-    Weight decay. Coupled decay is ``weight_decay`` here: ``g + weight_decay w`` is preconditioned, and g
-    alone is stored. Decay that is multiplied by the learning rate and not preconditioned is the optimizer's
-    (``weight_decay`` of SGD beside a preconditioner adds it after preconditioning). Both may be used.
-
     Memory: dense ``4 m d`` bytes; sparse ``b m k + 4 d`` with b bytes per entry (8, 6 or 4) and
-    ``k = density d``; low rank ``4 m rank sum(n_1 + n_2) + 4 d``; always ``8 m^2`` for the Gram matrix.
+    ``k = density d``; low rank ``4 m rank sum(n_1 + n_2) + 4 d``; always ``8 m^2`` for the Gram matrix, and
+    from m = 257 on about as much for its factor (`hpcsngd.optim.factor`).
 
     Args:
         parameters: a model or its DistributedDataParallel wrapper, or parameters.
@@ -64,10 +68,11 @@ class MFAC(Windowed):
             is full.
         feedback_scale: factor of a gradient as it enters the error, number or function of the step; 1 leaves
             the learning rate to the optimizer (EFCP's first version).
-        weight_decay: coupled weight decay.
+        weight_decay: coupled: preconditioned, not stored; see `hpcsngd.optim.decay`.
         clip_norm: largest norm of the result.
         clip_value: largest absolute entry of the result.
-        skip: modules whose parameters keep their plain gradient; needs a model.
+        skip: modules by class or regular expression, such as ``["BatchNorm2d"]``, whose parameters train with
+            their plain gradient; needs a model.
         dtype: of window and products; default: the parameters', at least float32.
         seed: of low-rank storage's first subspace.
         profile: whether to time the phases.
@@ -108,8 +113,6 @@ class MFAC(Windowed):
         check_choice("early", early, get_args(Early))
         if early != "none" and storage != "sparse":
             raise ValueError(f"early={early!r}: is for sparse storage")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay={weight_decay}: must not be negative")
 
         rule = StoreRule(storage, density, entries, scope, block_size, feedback, low_rank, seed)
         super().__init__(
@@ -119,13 +122,16 @@ class MFAC(Windowed):
             dtype=dtype,
             skip=skip,
             scale=feedback_scale,
+            weight_decay=weight_decay,
             clip=Clip(clip_norm, clip_value),
             profile=profile,
         )
         positive("damping", damping, 0)
         self._damping_schedule = damping
         self._scale_rule, self._target, self._early = scale_rule, target, early
-        self._weight_decay = weight_decay
+        # below, all anew is as fast; on a GPU nobody has measured it
+        is_large = num_grads > _FEW_BLOCKS * BLOCK and self._flat.device.type == "cpu"
+        self._factor = RingFactor(self._ring) if is_large else None
 
     def _damping(self) -> float:
         return positive("damping", self._damping_schedule, self._step)
@@ -169,12 +175,38 @@ class MFAC(Windowed):
         return None if solved is None else (vector - self._combine(solved)) / self._damping()
 
     def _solved(self, right_side: Tensor) -> Tensor | None:
+        shift = self._divisor * self._damping()
         with self._stopwatch.phase("factorise"):
-            found = solve_shifted(self._ring.gram, self._divisor * self._damping(), right_side)
+            if self._factor is not None and self._is_steady:
+                solved = self._factor.solve(shift, right_side)
+                if solved is not None:
+                    self._jittered = 0
+                    return solved
+            found = solve_shifted(self._ring.gram, shift, right_side)
         if found is None:
             return None
         self._jittered = int(found[1] > 0)
         return found[0]
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether the shift is that of the step before; else a kept factor would be made anew each time."""
+        is_full = self._ring.count == self._ring.capacity
+        return not callable(self._damping_schedule) and (is_full or self._scale_rule == "window")
+
+    def _held(self) -> dict[str, int]:
+        held = super()._held()
+        return held if self._factor is None else held | {"factor": self._factor.memory_bytes()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state of `state_dict`.
+
+        Raises:
+            ValueError: it belongs to another method, window or model.
+        """
+        super().load_state_dict(state)
+        if self._factor is not None:
+            self._factor.reset()
 
     def _checked(self, newest: Tensor) -> tuple[float, float] | None:
         # The dense matrix of d x d is applied, gradient by gradient.

@@ -95,8 +95,8 @@ class Ring:
 def solve_shifted(gram: Tensor, shift: float, vector: Tensor) -> tuple[Tensor, float] | None:
     """Returns ``(K + shift I)^-1 vector`` and the jitter that the factorization needed.
 
-    The factor is computed anew at each call. Updating it by the two rank-1 changes of a replaced row costs
-    m^2 instead of m^3/3 operations but m dependent small steps; `benchmarks.mfac` measures both.
+    The factor is computed anew at each call, with jitter where it needs some; `hpcsngd.optim.factor` keeps
+    what it can from step to step.
 
     Returns:
         None if K is not finite or not even nearly positive semidefinite.

@@ -5,91 +5,30 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from hpcsngd.optim import covering
 from hpcsngd.optim.base import Preconditioner, Schedule, value_at
+from hpcsngd.optim.chosen import Parameters, choose_parameters
+from hpcsngd.optim.clipping import Clip
 from hpcsngd.optim.communicate import Communicator
+from hpcsngd.optim.covering import Skip
 from hpcsngd.optim.flat import FlatGradients
 from hpcsngd.optim.history import History
 from hpcsngd.optim.records import Communication, Fallback, LayerCheck, Memory, PhaseTime, StepRecord
 from hpcsngd.optim.shard import Shard, cut_evenly
 from hpcsngd.optim.stopwatch import Stopwatch
-from hpcsngd.optim.stored import StoreRule, joined
+from hpcsngd.optim.store import joined
+from hpcsngd.optim.stored import StoreRule
 from hpcsngd.optim.window import Ring
 
 logger = logging.getLogger(__name__)
 
-#: A model, or parameters alone; names matter for ``skip`` only.
-Parameters: TypeAlias = "nn.Module | Iterable[nn.Parameter]"
-
 ALL = "all parameters"
 """What stands for the layer in records: these methods see one vector."""
-
-
-def choose_parameters(
-    parameters: Parameters, skip: Sequence[covering.Skip]
-) -> tuple[list[tuple[str, nn.Parameter]], dict[str, str]]:
-    """Returns the parameters to precondition by name, and why the others keep their plain gradient.
-
-    Every trainable parameter is in one of the two: nothing is dropped, and what is skipped goes on training
-    with its plain gradient.
-
-    Args:
-        parameters: a model (the wrapper of DistributedDataParallel is looked through), or parameters.
-        skip: modules to leave out, as for HyLo; needs a model.
-
-    Raises:
-        ValueError: ``skip`` without a model, or an entry that matches no module.
-    """
-    if not isinstance(parameters, nn.Module):
-        if skip:
-            raise ValueError("skip needs the model; it was given parameters alone")
-        chosen = [parameter for parameter in parameters if parameter.requires_grad]
-        return [(str(index), parameter) for index, parameter in enumerate(chosen)], {}
-    model = parameters.module if isinstance(parameters, DistributedDataParallel) else parameters
-    matching = covering.matching_modules(model, skip)
-    named, skipped = [], {}
-    for name, parameter in model.named_parameters():
-        module = name.rpartition(".")[0]
-        if not parameter.requires_grad:
-            skipped[name] = "frozen"
-        elif module in matching:
-            skipped[name] = f"matches skip={[matching[module]]}"
-        else:
-            named.append((name, parameter))
-    return named, skipped
-
-
-class Clip:
-    """Limits the preconditioned gradient.
-
-    Args:
-        norm: largest norm of the whole vector; None for no limit.
-        value: largest absolute value of an entry; None for no limit. Applied first.
-
-    Raises:
-        ValueError: a limit that is not positive.
-    """
-
-    def __init__(self, norm: float | None, value: float | None) -> None:
-        for name, limit in (("clip_norm", norm), ("clip_value", value)):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name}={limit}: must be positive")
-        self._norm, self._value = norm, value
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Returns the vector within the limits; its direction is kept by ``norm`` and not by ``value``."""
-        if self._value is not None:
-            vector = vector.clamp(-self._value, self._value)
-        if self._norm is not None:
-            vector = vector * (self._norm / vector.norm().clamp_min(self._norm))
-        return vector
 
 
 class Windowed(Preconditioner):
@@ -102,8 +41,12 @@ class Windowed(Preconditioner):
         dtype: of window and products; None for the parameters' own, at least float32.
         skip: see `choose_parameters`.
         scale: of a gradient as it is stored, such as the learning rate.
+        weight_decay: coupled, see `hpcsngd.optim.decay`.
         clip: limits the result.
         profile: whether to time the phases.
+
+    Raises:
+        ValueError: an argument out of its range, named with what is allowed.
     """
 
     format: str
@@ -115,13 +58,16 @@ class Windowed(Preconditioner):
         rule: StoreRule,
         *,
         dtype: torch.dtype | None,
-        skip: Sequence[covering.Skip],
+        skip: Sequence[Skip],
         scale: Schedule,
+        weight_decay: float,
         clip: Clip,
         profile: bool,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"num_grads={capacity}: must be at least 1")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay={weight_decay}: must not be negative")
         named, self.skipped = choose_parameters(parameters, skip)
         self._flat = FlatGradients(named)
         self._dtype = dtype or torch.promote_types(named[0][1].dtype, torch.float32)
@@ -137,7 +83,7 @@ class Windowed(Preconditioner):
             device=self._flat.device,
         )
         self._ring = Ring(capacity, self._flat.device)
-        self._scale, self._clip = scale, clip
+        self._scale, self._weight_decay, self._clip = scale, weight_decay, clip
         self._stopwatch = Stopwatch(profile)
         self._step = self._failures = self._jittered = 0
         self._is_closed = False
@@ -172,9 +118,10 @@ class Windowed(Preconditioner):
             raise RuntimeError("this preconditioner is closed")
         phase = self._stopwatch.phase
         with phase("capture"):
-            gradient = self._flat.read(self._dtype)
+            gradient = self._read()
         failure, result = "the gradient is not finite", None
-        if bool(gradient.isfinite().all()):
+        # a sum that is finite is of finite numbers, and much faster to ask
+        if bool(gradient.sum().isfinite()) or bool(gradient.isfinite().all()):
             with phase("compress"):
                 slot = self._ring.advance()
                 scale = value_at(self._scale, self._step)
@@ -192,6 +139,10 @@ class Windowed(Preconditioner):
                 self._flat.write(self._clip(result))
         self._step += 1
         self._record = self._make_record("" if result is not None else failure)
+
+    def _read(self) -> Tensor:
+        """Returns the gradient that is stored and preconditioned, shape ``(d,)``."""
+        return self._flat.read(self._dtype)
 
     def _products(self, vector: Tensor) -> Tensor:
         """Returns ``G x`` of a whole vector, in float64."""
@@ -218,10 +169,14 @@ class Windowed(Preconditioner):
     def _damping(self) -> float:
         """Returns what is added to the curvature in the coming step."""
 
+    def _held(self) -> dict[str, int]:
+        """Returns the bytes held, by kind."""
+        return self._store.memory() | {"gram": self._ring.memory_bytes()}
+
     def _make_record(self, failure: str) -> StepRecord:
         step = self._step
         phases = tuple(PhaseTime(step, name, seconds) for name, seconds in self._stopwatch.take().items())
-        held = self._store.memory() | {"gram": self._ring.memory_bytes()}
+        held = self._held()
         traffic = self._communicator.take_traffic().items()
         return StepRecord(
             step,

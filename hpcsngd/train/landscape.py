@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.utils.data import DataLoader
 
 from hpcsngd import dist, rundir
 from hpcsngd.config import resolve
@@ -34,7 +33,6 @@ from hpcsngd.train.checkpoint import Checkpoints
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.metrics import Sums
 from hpcsngd.train.planes import Plane
-from hpcsngd.train.sampler import EvaluationSampler
 
 # how samples come into memory, and how training changes them, does not show here
 _APART = ("root", "workers", "download", "stage", "augment", "resolution")
@@ -108,8 +106,9 @@ class Landscape:
         self._shown = self._splits.train if settings.split == "train" else self._splits.test
         if settings.samples is not None:
             self._shown = self._shown.limited(settings.samples)
-        self._task = tasks.build(config, self._splits.num_classes, self._shown.groups)
-        self._batches = self._loader()
+        self._shown = self._shown.laid_out(config.eval_batch_size or config.batch_size)
+        self._task = tasks.build(config, self._splits.num_classes, self._shown)
+        self._batches = session.evaluation_batches(self._shown, config, device, workers=0)
 
     @property
     def name(self) -> str:
@@ -239,15 +238,15 @@ class Landscape:
         size = self._resolved.experiment.batch_size
         for batch in range(min(self._settings.batches, -(-len(self._splits.train) // size))):
             stop = min((batch + 1) * size, len(self._splits.train))
-            images, _ = self._to_device(self._splits.train[list(range(batch * size, stop))])
+            *inputs, _ = self._to_device(self._splits.train[list(range(batch * size, stop))])
             with devices.autocast(self._resolved.experiment.precision, self._device):
-                self._model(images)
+                self._model(*inputs)
         for module, momentum in zip(self._norms, momenta, strict=True):
             module.momentum = momentum
 
     def _sums(self) -> Sums:
         config = self._resolved.experiment
-        evaluation = self._task.evaluation(self._device)
+        evaluation = self._task.evaluation(self._device, is_full=False)
         return loop.evaluate(
             self._model, self._batches, evaluation, move=self._to_device, precision=config.precision
         ).sums
@@ -273,17 +272,6 @@ class Landscape:
     @property
     def _split(self) -> str:
         return "train" if self._settings.split == "train" else self._splits.evaluated
-
-    def _loader(self) -> DataLoader[data.Batch]:
-        config = self._resolved.experiment
-        sampler = EvaluationSampler(
-            len(self._shown),
-            config.eval_batch_size or config.batch_size,
-            rank=dist.rank(),
-            ranks=dist.world_size(),
-            groups=list(self._shown.groups.values()),
-        )
-        return data.loader(self._shown, sampler, workers=0, pin=self._device.type == "cuda")
 
     def _to_device(self, batch: data.Batch) -> data.Batch:
         is_last = self._resolved.experiment.model.channels_last

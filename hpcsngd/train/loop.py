@@ -24,7 +24,7 @@ from hpcsngd.config.experiment import Experiment
 from hpcsngd.optim import Preconditioner
 from hpcsngd.optim.quantify import quantify
 from hpcsngd.optim.stopwatch import Stopwatch
-from hpcsngd.train import devices, optimizers, schedules, seeds
+from hpcsngd.train import carried, devices, optimizers, schedules, seeds
 from hpcsngd.train.checkpoint import Checkpoints
 from hpcsngd.train.data import Batch
 from hpcsngd.train.faults import NotFiniteError
@@ -37,6 +37,34 @@ from hpcsngd.train.strategy import Strategy
 from hpcsngd.train.tasks import Evaluated, Evaluation, Task
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """How the losses of a step are averaged.
+
+    Attributes:
+        divisor: what the sum over all ranks' targets is divided by.
+        sample: the averaged loss's gradients at outputs times this are those of each sample's own loss.
+    """
+
+    divisor: int
+    sample: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """A set that is evaluated.
+
+    Attributes:
+        name: as eval.csv names it.
+        task: of this set.
+        batches: this rank's.
+    """
+
+    name: str
+    task: Task
+    batches: DataLoader[Batch]
 
 
 @dataclass
@@ -89,8 +117,8 @@ class Trainer:
         parts: what is trained; changed in place.
         sampler: of the training set, the one that ``stepping`` goes by.
         stepping: where a step's batches come from, and how its gradients become weights.
-        test: this rank's evaluation batches.
         task: what is learned: the loss, and how good a prediction is.
+        held: what is evaluated after each epoch; schedules and best values go by the first.
         recorder: takes the metrics.
         checkpoints: takes the state.
         stop_request: says when the run should checkpoint and leave.
@@ -105,8 +133,8 @@ class Trainer:
         *,
         sampler: ShardedSampler,
         stepping: Stepping,
-        test: DataLoader[Batch],
         task: Task,
+        held: Sequence[Held],
         recorder: Recorder,
         checkpoints: Checkpoints,
         stop_request: StopRequest,
@@ -114,7 +142,7 @@ class Trainer:
         pulse: Pulse,
     ) -> None:
         self._config, self._parts, self._sampler = config, parts, sampler
-        self._stepping, self._test, self._task = stepping, test, task
+        self._stepping, self._task, self._held = stepping, task, held
         self._recorder, self._checkpoints, self._stop_request = recorder, checkpoints, stop_request
         self.progress, self._pulse = progress, pulse
         self._saved_step = progress.step
@@ -139,6 +167,8 @@ class Trainer:
         epoch, first = divmod(self.progress.step, self._sampler.steps_per_epoch)
         self._stepping.start(epoch, first)
         self._parts.trained.train()
+        if first == 0:
+            carried.reset(self._parts.model)
         for position in range(first, self._sampler.steps_per_epoch):
             started = time.perf_counter()
             is_stopped = self._step(position)
@@ -151,27 +181,30 @@ class Trainer:
 
     def _step(self, position: int) -> bool:
         """Does one optimizer step; returns whether a stop request was seen."""
-        parts, size = self._parts, self._sampler.sizes[position]
+        parts, scales = self._parts, self._scales(position)
         count = self._sampler.micro_batches_in(position)
         if parts.preconditioner is not None:
-            parts.preconditioner.begin_step(size / dist.world_size(), count)
-        sums = self._pass(self._stepping.batches(position), count, size)
-        own_loss = sums[0] / size
+            parts.preconditioner.begin_step(scales.sample, count)
+        sums = self._pass(self._stepping.batches(position), count, scales.divisor)
+        own_loss = sums[0] / scales.divisor
         self._pulse.at("reduce")
         sums[2] = self._sees_stop_request()
         loss, score, stops = dist.all_reduce_sum(sums).tolist()
+        targets = self._sampler.targets_in(position)
         if not (math.isfinite(loss) or self._stepping.can_recover):
-            raise NotFiniteError(f"loss is {loss / size} at step {self.progress.step + 1}; {self._advice()}")
+            raise NotFiniteError(
+                f"loss is {loss / targets} at step {self.progress.step + 1}; {self._advice()}"
+            )
         self._pulse.at("update")
-        self.progress.samples += size + self._update(size, own_loss)
+        self.progress.samples += self._sampler.sizes[position] + self._update(scales.sample, own_loss)
         self.progress.step += 1
         self._pulse.at("between steps", self.progress.step)
-        self.progress.row.add(loss, score, size)
-        self.progress.epoch.add(loss, score, size)
+        self.progress.row.add(loss, score, targets)
+        self.progress.epoch.add(loss, score, targets)
         return bool(stops > 0)
 
-    def _pass(self, batches: Iterator[Batch], count: int, size: int) -> Tensor:
-        """Leaves the mean gradient of micro-batches; returns sums of loss and score, and a zero."""
+    def _pass(self, batches: Iterator[Batch], count: int, divisor: int) -> Tensor:
+        """Leaves the averaged gradient of micro-batches; returns sums of loss and score, and a zero."""
         parts = self._parts
         for optimizer in parts.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -179,10 +212,10 @@ class Trainer:
         for index in range(count):
             self._pulse.at("data")
             with self._stopwatch.phase("data"):
-                images, targets = self._to_device(next(batches))
+                batch = self._to_device(next(batches))
             self._pulse.at("compute")
             with parts.strategy.micro_batch(is_last=index + 1 == count):
-                sums[:2] += self._micro_batch(images, targets, size)
+                sums[:2] += self._micro_batch(batch, divisor)
         return sums
 
     def _pass_again(self, batches: Iterator[Batch], count: int, size: int) -> Tensor:
@@ -191,22 +224,36 @@ class Trainer:
         self._pulse.at("update")
         return loss
 
-    def _micro_batch(self, images: Tensor, targets: Tensor, size: int) -> Tensor:
+    def _scales(self, position: int) -> _Scales:
+        """Returns how the losses of a step are averaged."""
+        size, ranks = self._sampler.sizes[position], dist.world_size()
+        if self._config.loss.average == "none":
+            return _Scales(ranks, 1.0)
+        is_by_token = self._config.loss.average == "tokens"
+        return _Scales(self._sampler.targets_in(position) if is_by_token else size, size / ranks)
+
+    def _micro_batch(self, batch: Batch, divisor: int) -> Tensor:
         """Adds a micro-batch's gradients; returns its summed loss and score."""
         parts = self._parts
+        *inputs, targets = batch
         with self._stopwatch.phase("forward"):
             with devices.autocast(self._config.precision, parts.device):
-                outputs = parts.trained(images)
+                outputs = parts.trained(*inputs)
             loss = self._task.loss(outputs, targets)
         if parts.preconditioner is not None:
-            parts.preconditioner.before_backward(outputs)
+            parts.preconditioner.before_backward(self._task.curvature_outputs(outputs, targets))
         with self._stopwatch.phase("backward"):
-            scaled: Tensor = parts.scaler.scale(loss * parts.strategy.loss_factor(size))
+            scaled: Tensor = parts.scaler.scale(loss * parts.strategy.loss_factor(divisor))
             scaled.backward()  # type: ignore[no-untyped-call]
         return torch.stack([loss.detach().double(), self._task.score(outputs.detach(), targets)])
 
-    def _update(self, size: int, own_loss: Tensor) -> int:
-        """Turns gradients into weights: unscale, clip, precondition, update; returns samples used again."""
+    def _update(self, sample_scale: float, own_loss: Tensor) -> int:
+        """Turns gradients into weights: unscale, clip, precondition, update; returns samples used again.
+
+        Args:
+            sample_scale: see `hpcsngd.optim.Preconditioner.step`.
+            own_loss: this rank's part of the mean loss.
+        """
         parts, step = self._parts, self.progress.step + 1
         with self._stopwatch.phase("update"):
             for optimizer in parts.optimizers:
@@ -221,9 +268,7 @@ class Trainer:
             epoch = self.progress.step / self._sampler.steps_per_epoch
             parts.preconditioner.set_progress(epoch, parts.optimizers[0].param_groups[0]["lr"])
             before = self._before_measuring(step)
-            parts.preconditioner.step(
-                sample_scale=size / dist.world_size(), grad_scale=parts.scaler.get_scale()
-            )
+            parts.preconditioner.step(sample_scale=sample_scale, grad_scale=parts.scaler.get_scale())
             if before is not None:
                 self._recorder.quantify(step, quantify(before, flat_gradients(parts.model)))
         with self._stopwatch.phase("update"):
@@ -262,36 +307,45 @@ class Trainer:
             self._save()
 
     def _evaluate(self) -> None:
-        started = time.perf_counter()
         parts, progress = self._parts, self.progress
         parts.strategy.join_buffers()
-        evaluation = self._over_test_set()
-        progress.test = evaluation.sums
-        progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
-        self._recorder.evaluation(progress, time.perf_counter() - started)
-        self._recorder.dice(progress.step, evaluation.patients)
         is_last = progress.step == self._config.epochs * self._sampler.steps_per_epoch
-        if is_last and evaluation.confusion is not None:
-            self._recorder.confusion(progress.step, evaluation.confusion)
+        for place, held in enumerate(self._held):
+            started = time.perf_counter()
+            found = self._over(held, is_last=is_last)
+            if place == 0:
+                progress.take_test(found.sums)
+                self._recorder.dice(progress.step, found.patients)
+                if is_last and found.confusion is not None:
+                    self._recorder.confusion(progress.step, held.name, found.confusion)
+            self._recorder.evaluation(
+                progress, held.name, found.sums, found.scores, time.perf_counter() - started
+            )
+            scores = dict(found.scores)
+            if place:
+                scores |= {"loss": found.sums.mean_loss, "accuracy": found.sums.accuracy}
+            progress.scores |= {f"{held.name}_{name}": value for name, value in scores.items()}
         log.info(
-            "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; lr %.3g, %.1f s trained",
+            "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f%s; lr %.3g, %.1f s trained",
             progress.step // self._sampler.steps_per_epoch,
             self._config.epochs,
             progress.epoch.mean_loss,
             progress.epoch.accuracy,
             progress.test.mean_loss,
             progress.test.accuracy,
+            "".join(f", {name} {value:.4g}" for name, value in progress.scores.items()),
             parts.optimizers[0].param_groups[0]["lr"],
             progress.train_s,
         )
 
-    def _over_test_set(self) -> Evaluated:
-        """Returns what the task makes of the test set, each sample once."""
-        evaluation = self._task.evaluation(self._parts.device)
+    def _over(self, held: Held, *, is_last: bool) -> Evaluated:
+        """Returns what the task makes of a set, each sample once."""
+        epoch = self.progress.step // self._sampler.steps_per_epoch
+        is_full = is_last or epoch % self._config.decoding.every_epochs == 0
         return evaluate(
             self._parts.model,
-            self._test,
-            evaluation,
+            held.batches,
+            held.task.evaluation(self._parts.device, is_full=is_full),
             move=self._to_device,
             precision=self._config.precision,
             tick=lambda: self._pulse.at("evaluate"),
@@ -310,7 +364,8 @@ class Trainer:
             "progress": self.progress.state_dict(),
             "parts": parts.state_dict(),
         }
-        self._checkpoints.save(step, common, seeds.stream_states())
+        own = seeds.stream_states() | {"carried": carried.states(parts.model)}
+        self._checkpoints.save(step, common, own)
         self._saved_step = step
         self._pulse.saved(time.monotonic() - started)
 
@@ -324,6 +379,7 @@ class Trainer:
             self.progress.step,
             steps_per_epoch=self._sampler.steps_per_epoch,
             epochs=self._config.epochs,
+            plateaus=self.progress.plateaus,
         )
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -355,11 +411,13 @@ def evaluate(
         tick: called for each batch.
     """
     model.eval()
+    carried.reset(model)
     for indices, batch in zip(batches.sampler, batches, strict=True):
         tick()
-        images, targets = move(batch)
-        with devices.autocast(precision, images.device):
-            outputs = model(images)
+        *inputs, targets = move(batch)
+        with devices.autocast(precision, targets.device):
+            evaluation.look(model, indices, tuple(inputs))
+            outputs = model(*inputs)
         evaluation.add(indices, outputs, targets)
     model.train()
     return evaluation.result()
@@ -367,10 +425,10 @@ def evaluate(
 
 def to_device(batch: Batch, device: torch.device, *, is_channels_last: bool) -> Batch:
     """Returns a batch on a device, images in the model's memory format."""
-    images, targets = batch
     layout = torch.channels_last if is_channels_last else torch.preserve_format
-    moved = images.to(device, non_blocking=True, memory_format=layout)
-    return moved, targets.to(device, non_blocking=True)
+    *inputs, targets = batch
+    moved = [each.to(device, non_blocking=True, memory_format=layout) for each in inputs]
+    return (*moved, targets.to(device, non_blocking=True))
 
 
 def flat_gradients(model: nn.Module) -> Tensor:

@@ -40,3 +40,24 @@ def dice(outputs: Tensor, masks: Tensor, smooth: float = 1.0) -> Tensor:
 def overlap(probabilities: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``sum p t`` and ``sum p + sum t`` over all pixels."""
     return (probabilities * masks).sum(), probabilities.sum() + masks.sum()
+
+
+#: A target that is none: padding.
+IGNORED = -100
+
+
+def token_cross_entropy(outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Returns the sum of the cross-entropies of all tokens but padding, in float32.
+
+    Args:
+        outputs: logits, ``(n, length, words)``.
+        targets: ``(n, length)``, int64; `IGNORED` where there is none.
+        smoothing: as for `cross_entropy`.
+    """
+    return nn.functional.cross_entropy(
+        outputs.flatten(0, 1).float(),
+        targets.flatten(),
+        reduction="sum",
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+    )

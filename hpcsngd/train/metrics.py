@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,12 +23,12 @@ from hpcsngd.train.parameter_server.engine import Part
 
 @dataclass
 class Sums:
-    """Sums over samples of all ranks. Equal on every rank, as they come out of an all-reduce.
+    """Sums over targets (samples, or tokens of a text) of all ranks; equal on every rank after an all-reduce.
 
     Attributes:
-        loss: sum of the samples' losses.
+        loss: sum of the targets' losses.
         correct: number of correct predictions; for masks the Dice coefficient, times the samples it is of.
-        count: number of samples.
+        count: number of targets.
     """
 
     loss: float = 0.0
@@ -42,7 +43,7 @@ class Sums:
 
     @property
     def mean_loss(self) -> float:
-        """Returns the mean loss per sample; nan where nothing was added."""
+        """Returns the mean loss per target; nan where nothing was added."""
         return self.loss / self.count if self.count else float("nan")
 
     @property
@@ -63,6 +64,9 @@ class Progress:
         epoch: since the beginning of the epoch.
         test: of the last evaluation.
         best_test_accuracy: of all evaluations.
+        scores: of the last evaluations, ``<split>_<metric>`` -> value.
+        best_test_loss: the lowest of all evaluations.
+        plateaus: evaluations whose loss was no lower than the lowest before.
     """
 
     step: int = 0
@@ -72,6 +76,16 @@ class Progress:
     epoch: Sums = field(default_factory=Sums)
     test: Sums = field(default_factory=Sums)
     best_test_accuracy: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
+    best_test_loss: float = math.inf
+    plateaus: int = 0
+
+    def take_test(self, test: Sums) -> None:
+        """Takes the sums of an evaluation of the set that schedules and best values go by."""
+        self.test = test
+        self.best_test_accuracy = max(self.best_test_accuracy, test.accuracy)
+        self.plateaus += test.mean_loss >= self.best_test_loss
+        self.best_test_loss = min(self.best_test_loss, test.mean_loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers in nested dicts."""
@@ -80,7 +94,8 @@ class Progress:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """Returns the progress that `state_dict` described."""
-        plain = {item.name: state[item.name] for item in fields(cls)}
+        # checkpoints of earlier versions lack some
+        plain = {item.name: state[item.name] for item in fields(cls) if item.name in state}
         return cls(**plain | {name: Sums(**state[name]) for name in ("row", "epoch", "test")})
 
 
@@ -104,7 +119,6 @@ class Recorder:
         steps_per_epoch: turns steps into epochs.
         started: reading of ``time.monotonic`` when the worker started.
         first_step: steps done before this attempt.
-        evaluated: which data evaluations use, as eval.csv names them.
 
     Raises:
         SettingError: TensorBoard is asked for and not installed.
@@ -119,10 +133,8 @@ class Recorder:
         steps_per_epoch: int,
         started: float,
         first_step: int = 0,
-        evaluated: str = "test",
     ) -> None:
         self._attempt, self._steps_per_epoch, self._started = attempt, steps_per_epoch, started
-        self._evaluated = evaluated
         is_first = dist.rank() == 0
         self._sink = _tensorboard(run, first_step) if diagnostics.tensorboard and is_first else None
         self._run = run
@@ -143,36 +155,48 @@ class Recorder:
         )
         self._show(progress.step, {"train/loss": loss, "train/accuracy": accuracy, "train/lr": lr})
 
-    def evaluation(self, progress: Progress, eval_s: float) -> None:
-        """Writes a row of eval.csv from the last evaluation."""
-        test = progress.test
+    def evaluation(
+        self, progress: Progress, split: str, sums: Sums, scores: Mapping[str, float], eval_s: float
+    ) -> None:
+        """Writes a row of eval.csv and those of scores.csv from one evaluation.
+
+        Args:
+            progress: how far the run is.
+            split: which data, as the tables name them.
+            sums: over the targets.
+            scores: metric -> value.
+            eval_s: seconds that it took.
+        """
         self._put(
             "eval",
             **self._place(progress.step),
-            split=self._evaluated,
-            count=test.count,
-            loss=test.mean_loss,
-            accuracy=test.accuracy,
+            split=split,
+            count=sums.count,
+            loss=sums.mean_loss,
+            accuracy=sums.accuracy,
             eval_s=eval_s,
             **self._clocks(progress),
         )
-        name = self._evaluated
-        self._show(progress.step, {f"{name}/loss": test.mean_loss, f"{name}/accuracy": test.accuracy})
+        for metric, value in scores.items():
+            self._put("scores", **self._place(progress.step), split=split, metric=metric, value=value)
+        shown = {"loss": sums.mean_loss, "accuracy": sums.accuracy, **scores}
+        self._show(progress.step, {f"{split}/{metric}": value for metric, value in shown.items()})
 
     def dice(self, step: int, patients: Mapping[str, tuple[int, float]]) -> None:
         """Writes rows of dice.csv: patient -> number of slices, Dice coefficient."""
         for patient, (slices, value) in patients.items():
             self._put("dice", **self._place(step), patient=patient, slices=slices, dice=value)
 
-    def confusion(self, step: int, counts: Tensor) -> None:
+    def confusion(self, step: int, split: str, counts: Tensor) -> None:
         """Writes confusion.csv, without pairs that do not occur.
 
         Args:
             step: steps done.
+            split: which data.
             counts: ``(classes, classes)``: samples by label (row) and prediction (column).
         """
         if "confusion" in self._wanted:
-            here = {**self._place(step), "split": self._evaluated}
+            here = {**self._place(step), "split": split}
             rows = (
                 {**here, "label": label, "predicted": predicted, "count": int(counts[label, predicted])}
                 for label, predicted in counts.nonzero().tolist()
@@ -288,7 +312,7 @@ class Recorder:
 
 
 def _tables(diagnostics: Diagnostics) -> list[str]:
-    wanted = ["train", "eval", "dice", "confusion", "switches", "quantify", "staleness", "lbfgs"]
+    wanted = ["train", "eval", "scores", "dice", "confusion", "switches", "quantify", "staleness", "lbfgs"]
     if diagnostics.profiling:
         wanted += ["profiling", "communication", "memory"]
     if diagnostics.rank_analysis:

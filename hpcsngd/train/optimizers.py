@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from hpcsngd import optim
 from hpcsngd.config import experiment as schema
 from hpcsngd.config.fields import Strict
-from hpcsngd.optim.covering import matching_modules
+from hpcsngd.optim.decay import DecoupledSGD
 from hpcsngd.optim.lbfgs import LBFGS, LineSearch
 from hpcsngd.train import seeds
 from hpcsngd.train.faults import SettingError
+from hpcsngd.train.groups import check_coverage, parameter_groups
 
 
 def sgd(
@@ -27,10 +28,12 @@ def sgd(
     momentum: float,
     dampening: float,
     nesterov: bool,
+    decoupled: bool,
 ) -> list[Optimizer]:
-    """Returns torch.optim.SGD for all parameters."""
+    """Returns SGD for all parameters: torch's, or the one whose weight decay is decoupled."""
+    build = DecoupledSGD if decoupled else torch.optim.SGD
     groups = parameter_groups(model, weight_decay, no_decay)
-    return [torch.optim.SGD(groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)]
+    return [build(groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)]
 
 
 def adam(
@@ -122,40 +125,6 @@ def lbfgs(
     ]
 
 
-def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    no_decay: Sequence[str],
-    chosen: Callable[[nn.Parameter], bool] = lambda _: True,
-) -> list[dict[str, Any]]:
-    """Returns torch's parameter groups: those that decay, then those that do not; empty ones are left out.
-
-    Each chosen parameter is in exactly one group. One that several modules share does not decay if any of
-    them is named.
-
-    Args:
-        model: the model.
-        weight_decay: of those that decay.
-        no_decay: modules, by regular expression or class, whose parameters do not.
-        chosen: which parameters; default: all.
-
-    Raises:
-        SettingError: an entry of ``no_decay`` matches no module.
-    """
-    try:
-        named = matching_modules(model, no_decay, argument="optimizer.no_decay")
-    except ValueError as error:
-        raise SettingError(str(error)) from error
-    modules = dict(model.named_modules())
-    exempt = {id(own) for name in named for own in modules[name].parameters(recurse=False)}
-    parameters = [parameter for parameter in model.parameters() if chosen(parameter)]
-    groups: list[dict[str, Any]] = [
-        {"params": [each for each in parameters if id(each) not in exempt], "weight_decay": weight_decay},
-        {"params": [each for each in parameters if id(each) in exempt], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 OPTIMIZERS: dict[str, Callable[..., list[Optimizer]]] = {
     "sgd": sgd,
     "adam": adam,
@@ -173,9 +142,13 @@ def build_optimizers(model: nn.Module, config: schema.Optimizer) -> list[Optimiz
     """Returns the optimizers of an experiment: one, or several that share the parameters among them.
 
     Each parameter group remembers its peak learning rate as ``initial_lr``.
+
+    Raises:
+        SettingError: what the optimizer refuses, or a parameter that is not in exactly one group.
     """
     fields = {name: value for name, value in _fields(config).items() if name not in STEP_FIELDS}
     built = OPTIMIZERS[config.name](model, **fields)
+    check_coverage(model, built)
     for optimizer in built:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

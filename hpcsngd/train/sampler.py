@@ -71,6 +71,8 @@ class ShardedSampler(Sampler[list[int]]):
             order each epoch (files, of which one is in memory); default: one part.
         by_block: whether each block is one step.
         overlap: share of a step's own samples, its last ones, that belong to the next step of the epoch too.
+        targets: how many targets (tokens) each sample has; default: one each.
+        shuffled: whether each epoch has an order of its own; otherwise samples come as they are numbered.
 
     Attributes:
         global_batch: own samples of a full step, all ranks.
@@ -89,9 +91,13 @@ class ShardedSampler(Sampler[list[int]]):
         blocks: Sequence[int] | None = None,
         by_block: bool = False,
         overlap: float = 0.0,
+        targets: Sequence[int] | None = None,
+        shuffled: bool = True,
     ) -> None:
         self._batch_size, self._rank, self._ranks, self._seed = batch_size, rank, ranks, seed
         self._blocks, self._by_block, self._overlap = list(blocks or [samples]), by_block, overlap
+        self._targets, self._is_shuffled = targets, shuffled
+        self._counted: tuple[int, list[int]] = (-1, [])
         self._epoch, self._first_step = 0, 0
         self._order_of: tuple[int, list[int]] = (-1, [])
         self.global_batch = samples if accumulate is None else batch_size * accumulate * ranks
@@ -137,6 +143,17 @@ class ShardedSampler(Sampler[list[int]]):
         own = self._own[step]
         return min(own, max(self._ranks, round(self._overlap * own))) if self._overlap else 0
 
+    def targets_in(self, step: int) -> int:
+        """Returns the number of targets, of all ranks, of a step within the epoch; alike on every rank."""
+        if self._targets is None:
+            return self.sizes[step]
+        if self._counted[0] != self._epoch:
+            counts = (self._targets[index] for index in self._current_order())
+            sums = [0, *itertools.accumulate(counts)]
+            stops = zip(self.sizes, self._stops, strict=True)
+            self._counted = (self._epoch, [sums[stop] - sums[stop - size] for size, stop in stops])
+        return self._counted[1][step]
+
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self._first_step, self.steps_per_epoch):
             yield from self.batch(step)
@@ -165,6 +182,8 @@ class ShardedSampler(Sampler[list[int]]):
 
     def order(self, epoch: int) -> list[int]:
         """Returns all samples in the order of an epoch, counted from 0."""
+        if not self._is_shuffled:
+            return list(range(sum(self._blocks)))
         generator = self._generator(epoch)
         if len(self._blocks) == 1:
             whole: list[int] = torch.randperm(self._blocks[0], generator=generator).tolist()
@@ -211,3 +230,24 @@ class EvaluationSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self._mine), self._batch_size):
             yield list(self._mine[start : start + self._batch_size])
+
+
+class StreamSampler(Sampler[list[int]]):
+    """Yields this rank's batches of streams: all of its streams at one moment, then at the next one.
+
+    Args:
+        samples: size of the set, a multiple of ``streams``; sample ``t * streams + s`` is stream s at time t.
+        streams: how many there are; each is on one rank.
+        rank: this rank.
+        ranks: number of ranks.
+    """
+
+    def __init__(self, samples: int, streams: int, *, rank: int = 0, ranks: int = 1) -> None:
+        parts = even_parts(streams, ranks)
+        first = sum(parts[:rank])
+        self._mine = range(first, first + parts[rank])
+        self._starts = range(0, samples, streams)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._mine:
+            yield from ([start + stream for stream in self._mine] for start in self._starts)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from hpcsngd import dist, rundir
 from hpcsngd.config import experiment as schema
@@ -17,14 +19,14 @@ from hpcsngd.config.experiment import Experiment
 from hpcsngd.optim.lbfgs import LBFGS
 from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
-from hpcsngd.train import data, devices, models, optimizers, seeds, tasks
+from hpcsngd.train import carried, data, devices, models, optimizers, seeds, tasks
 from hpcsngd.train.checkpoint import Checkpoints, Loaded
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.layers import layer_rows
-from hpcsngd.train.loop import Parts, Trainer
+from hpcsngd.train.loop import Held, Parts, Trainer
 from hpcsngd.train.metrics import Progress, Recorder
 from hpcsngd.train.pulse import Pulse
-from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler
+from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler, StreamSampler
 from hpcsngd.train.stepping import ClosureStepping, GradientStepping, Stepping
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.strategy import STRATEGIES
@@ -59,7 +61,7 @@ def train(
     pulse.at("build")
     if config.deterministic:
         devices.use_deterministic_operations()
-    splits = data.load(config.data, resolved.site.data_root, seed=config.seed)
+    splits = _laid_out(data.load(config.data, resolved.site.data_root, seed=config.seed), config)
     parts = _build_parts(run, config, splits, device)
     sampler = _sampler(config, splits.train)
     checkpoints = Checkpoints(run.checkpoints_dir, config.checkpoint.keep)
@@ -71,17 +73,16 @@ def train(
         steps_per_epoch=sampler.steps_per_epoch,
         started=started,
         first_step=progress.step,
-        evaluated=splits.evaluated,
     )
-    stepping, test_batches = _batches(config, splits, sampler, parts)
+    held = _held(config, splits, device)
     with recorder, StopRequest(run.attempt(attempt).stop_request) as stop_request:
         trainer = Trainer(
             config,
             parts,
             sampler=sampler,
-            stepping=stepping,
-            test=test_batches,
-            task=tasks.build(config, splits.num_classes, splits.test.groups),
+            stepping=_stepping(config, splits.train, sampler, parts),
+            task=held[0].task,
+            held=held,
             recorder=recorder,
             checkpoints=checkpoints,
             stop_request=stop_request,
@@ -102,17 +103,37 @@ def train(
     return is_finished
 
 
+def _laid_out(splits: data.Splits, config: Experiment) -> data.Splits:
+    """Returns the sets with long texts cut into streams: one for each sample of a global batch.
+
+    Evaluations have as many streams as ``eval_batch_size`` says in all, whatever the number of ranks, because
+    where a stream begins is part of the result.
+    """
+    held = config.eval_batch_size or config.batch_size
+    return replace(
+        splits,
+        train=splits.train.laid_out(config.batch_size * config.accumulate * dist.world_size()),
+        test=splits.test.laid_out(held),
+        extra={name: samples.laid_out(held) for name, samples in splits.extra.items()},
+    )
+
+
 def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> Parts:
     scaler = devices.make_scaler(config.precision, device)
-    images = splits.train
     model = new_model(run, config, splits, device)
+    goes_once = config.strategy != "full_batch" and config.optimizer.name != "lbfgs"
+    if not (config.accumulate == 1 and goes_once) and carried.is_carrying(model):
+        raise SettingError(
+            f"model {config.model.name} goes on from step to step in its streams: accumulate must be 1, the "
+            "strategy not full_batch, and the optimizer not lbfgs"
+        )
     strategy = STRATEGIES[config.strategy]()
     trained = strategy.prepare(model, device)
-    shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
 
     def rehearsal() -> torch.Tensor:
+        inputs = [each.to(device) for each in splits.train.example(_REHEARSAL_BATCH)]
         with devices.autocast(config.precision, device):
-            outputs: torch.Tensor = trained(torch.zeros(shape, device=device))
+            outputs: torch.Tensor = trained(*inputs)
         return outputs.float().sum()
 
     strategy.settle(rehearsal)
@@ -129,28 +150,20 @@ def new_model(run: RunDir, config: Experiment, splits: data.Splits, device: torc
     seeds.seed_streams(seeds.derive(config.seed, "weights"))
     model = build_model(config, splits, device)
     if dist.rank() == 0:
-        _summarize(run, model, splits.train, device)
+        _summarize(run, model, splits.train.example(_REHEARSAL_BATCH), device)
         rundir.write_table(run.metrics("layers"), TABLES["layers"], layer_rows(model))
     return model
 
 
 def build_model(config: Experiment, splits: data.Splits, device: torch.device) -> nn.Module:
     """Returns an experiment's model for its data; the weights come from torch's random stream."""
-    images = splits.train
-    model = models.build_model(
-        config.model.name,
-        splits.num_classes,
-        images.channels,
-        images.size,
-        blurpool=config.model.blurpool,
-        **config.model.args,
-    ).to(device)
+    model = models.build_for(splits.train, splits.num_classes, config.model).to(device)
     if config.model.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
     return model
 
 
-def _summarize(run: RunDir, model: nn.Module, images: data.Samples, device: torch.device) -> None:
+def _summarize(run: RunDir, model: nn.Module, inputs: Sequence[torch.Tensor], device: torch.device) -> None:
     """Writes torchinfo's table of the model; draws nothing from the random streams, leaves no trace in it.
 
     Where torchinfo is missing, as in images made of Debian's packages, the model's own words must do.
@@ -160,9 +173,14 @@ def _summarize(run: RunDir, model: nn.Module, images: data.Samples, device: torc
     except ModuleNotFoundError:
         text = f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters"
     else:
-        shape = (_REHEARSAL_BATCH, images.channels, images.size, images.size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            text = str(torchinfo.summary(copy.deepcopy(model), input_size=shape, device=device, verbose=0))
+            summary = torchinfo.summary(
+                copy.deepcopy(model),
+                input_data=[each.to(device) for each in inputs],
+                device=device,
+                verbose=0,
+            )
+        text = str(summary)
     run.summary_txt.write_text(text + "\n", encoding="utf-8")
     log.info("model\n%s", text)
 
@@ -178,6 +196,7 @@ def _resume(checkpoints: Checkpoints, config: Experiment, parts: Parts, sampler:
     progress = Progress.from_state(loaded.common["progress"])
     if loaded.own is not None:
         seeds.restore_streams(loaded.own)
+        carried.restore(parts.model, loaded.own.get("carried", {}))
     else:
         seeds.seed_streams(seeds.derive(config.seed, "rank", dist.rank(), "step", loaded.step))
         log.info(
@@ -213,29 +232,52 @@ def _sampler(config: Experiment, samples: data.Samples) -> ShardedSampler:
         blocks=samples.blocks,
         by_block=lbfgs is not None and lbfgs.batches == "file",
         overlap=(lbfgs.overlap or _OVERLAP) if lbfgs is not None and overlaps else 0.0,
+        targets=samples.targets,
+        shuffled=not samples.streams,
     )
 
 
-def _batches(
-    config: Experiment, splits: data.Splits, sampler: ShardedSampler, parts: Parts
-) -> tuple[Stepping, DataLoader[data.Batch]]:
-    evaluation = EvaluationSampler(
-        len(splits.test),
-        config.eval_batch_size or config.batch_size,
-        rank=dist.rank(),
-        ranks=dist.world_size(),
-        groups=list(splits.test.groups.values()),
-    )
+def _stepping(config: Experiment, samples: data.Samples, sampler: ShardedSampler, parts: Parts) -> Stepping:
     workers, pin = config.data.workers, parts.device.type == "cuda"
-    test = data.loader(splits.test, evaluation, workers=workers, pin=pin)
     first = parts.optimizers[0]
     if isinstance(first, LBFGS):
-        lbfgs = ClosureStepping(
-            first, parts.model, splits.train, sampler, seed=config.seed, workers=workers, pin=pin
+        return ClosureStepping(
+            first, parts.model, samples, sampler, seed=config.seed, workers=workers, pin=pin
         )
-        return lbfgs, test
-    train = data.loader(splits.train, data.EpochSampler(sampler), workers=workers, pin=pin)
-    return GradientStepping(train, sampler, parts.optimizers, parts.scaler), test
+    train = data.loader(samples, data.EpochSampler(sampler), workers=workers, pin=pin)
+    return GradientStepping(train, sampler, parts.optimizers, parts.scaler)
+
+
+def _held(config: Experiment, splits: data.Splits, device: torch.device) -> list[Held]:
+    return [
+        Held(
+            name,
+            tasks.build(config, splits.num_classes, samples),
+            evaluation_batches(samples, config, device, workers=config.data.workers),
+        )
+        for name, samples in {splits.evaluated: splits.test, **splits.extra}.items()
+    ]
+
+
+def evaluation_batches(
+    samples: data.Samples, config: Experiment, device: torch.device, *, workers: int
+) -> DataLoader[data.Batch]:
+    """Returns this rank's batches of a set that is evaluated; each sample is on one rank.
+
+    Args:
+        samples: the set.
+        config: the experiment, for the size of a batch.
+        device: where batches go.
+        workers: loader processes.
+    """
+    place = {"rank": dist.rank(), "ranks": dist.world_size()}
+    sampler: Sampler[list[int]]
+    if samples.streams:
+        sampler = StreamSampler(len(samples), samples.streams, **place)
+    else:
+        size, groups = config.eval_batch_size or config.batch_size, list(samples.groups.values())
+        sampler = EvaluationSampler(len(samples), size, groups=groups, **place)
+    return data.loader(samples, sampler, workers=workers, pin=device.type == "cuda")
 
 
 def result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
@@ -244,6 +286,7 @@ def result(config: Experiment, progress: Progress, model: nn.Module, evaluated: 
         f"{evaluated}_accuracy": progress.test.accuracy,
         f"{evaluated}_loss": progress.test.mean_loss,
         f"best_{evaluated}_accuracy": progress.best_test_accuracy,
+        **progress.scores,
         "epochs": config.epochs,
         "steps": progress.step,
         "train_s": progress.train_s,

@@ -1,20 +1,22 @@
-"""What is learned: a class for each image, or a mask. The loop takes a task and has no branches on it.
+"""What is learned: a class for each sample, a mask, words. The loop takes a task and has no branches on it.
 
-Scores and losses are sums over samples, so that numbers of micro-batches and ranks add up exactly.
+Scores and losses are sums over targets, so that numbers of micro-batches and ranks add up exactly. A sample
+has one target, or in texts as many as it has tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcsngd import dist
 from hpcsngd.config.experiment import Experiment
 from hpcsngd.train import losses, volume_dice
+from hpcsngd.train.data.samples import Samples
 from hpcsngd.train.metrics import Sums
 
 
@@ -23,41 +25,60 @@ class Evaluated:
     """The result of an evaluation, equal on every rank.
 
     Attributes:
-        sums: over all samples, each once.
+        sums: over all targets, each once.
         patients: patient -> number of slices, Dice coefficient of the volume; empty for other tasks.
         confusion: ``(classes, classes)``, int64: samples of each class (row) by the class that the model says
             (column); None for other tasks.
+        scores: further numbers by name: perplexity, BLEU.
     """
 
     sums: Sums
     patients: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     confusion: Tensor | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
-class Evaluation(Protocol):
+class Evaluation(ABC):
     """Takes this rank's batches of one evaluation."""
 
+    def look(self, model: nn.Module, indices: list[int], inputs: tuple[Tensor, ...]) -> None:  # noqa: B027
+        """Sees the model and a batch's inputs, before `add`: for what outputs do not tell; does nothing."""
+
+    @abstractmethod
     def add(self, indices: list[int], outputs: Tensor, targets: Tensor) -> None:
         """Takes one batch: which samples, what the model says, and what is true."""
 
+    @abstractmethod
     def result(self) -> Evaluated:
         """Returns the numbers of all ranks; every rank must call it."""
 
 
-class Task(Protocol):
-    """What the loop asks of a task."""
+class Task(ABC):
+    """What the loop asks of a task, for one set of samples."""
 
+    @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the training loss of a micro-batch, the sum over its samples."""
+        """Returns the training loss of a micro-batch, the sum over its targets."""
 
+    @abstractmethod
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns how good a micro-batch's predictions are, the sum over its samples, float64."""
+        """Returns how good a micro-batch's predictions are, the sum over its targets, float64."""
 
-    def evaluation(self, device: torch.device) -> Evaluation:
-        """Returns a new evaluation."""
+    @abstractmethod
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
+        """Returns a new evaluation.
+
+        Args:
+            device: where the model computes.
+            is_full: whether to do what takes long as well: translating.
+        """
+
+    def curvature_outputs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the outputs whose distribution a Fisher matrix is of, with their graph: all of them."""
+        return outputs
 
 
-class Classification:
+class Classification(Task):
     """A class for each image.
 
     Args:
@@ -76,12 +97,12 @@ class Classification:
         """Returns the number of correct predictions."""
         return (outputs.argmax(dim=1) == targets).sum().double()
 
-    def evaluation(self, device: torch.device) -> Evaluation:
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
         """Returns an evaluation by cross-entropy without smoothing."""
         return _ClassificationSums(self._classes, device)
 
 
-class _ClassificationSums:
+class _ClassificationSums(Evaluation):
     def __init__(self, classes: int, device: torch.device) -> None:
         self._task = Classification(classes)
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -99,7 +120,7 @@ class _ClassificationSums:
         return Evaluated(Sums(loss, correct, int(count)), confusion=dist.all_reduce_sum(self._confusion))
 
 
-class Segmentation:
+class Segmentation(Task):
     """A mask for each image, one channel.
 
     Args:
@@ -120,12 +141,12 @@ class Segmentation:
         coefficient = torch.where(all_of_them > 0, 2 * both / all_of_them, 1.0)
         return len(targets) * coefficient
 
-    def evaluation(self, device: torch.device) -> Evaluation:
+    def evaluation(self, device: torch.device, *, is_full: bool = True) -> Evaluation:
         """Returns an evaluation of whole volumes."""
         return _Volumes(self._smooth, self._groups, device)
 
 
-class _Volumes:
+class _Volumes(Evaluation):
     """Dice loss and Dice coefficient of each patient; a patient's slices are all on one rank, in order."""
 
     def __init__(self, smooth: float, groups: Mapping[str, int], device: torch.device) -> None:
@@ -158,14 +179,32 @@ class _Volumes:
         return Evaluated(sums, dict(zip(self._names, rows, strict=True)))
 
 
-def build(config: Experiment, classes: int, groups: Mapping[str, int]) -> Task:
-    """Returns an experiment's task.
+def _classification(config: Experiment, classes: int, samples: Samples) -> Task:
+    return Classification(classes, config.loss.label_smoothing)
+
+
+def _segmentation(config: Experiment, classes: int, samples: Samples) -> Task:
+    return Segmentation(config.loss.smooth, samples.groups)
+
+
+#: By the names of experiments; tasks on text have theirs in `hpcsngd.train.text.tasks`.
+TASKS: dict[str, Callable[[Experiment, int, Samples], Task]] = {
+    "classification": _classification,
+    "segmentation": _segmentation,
+}
+
+
+def build(config: Experiment, classes: int, samples: Samples) -> Task:
+    """Returns an experiment's task for a set that is evaluated.
 
     Args:
         config: the experiment.
         classes: outputs of the model.
-        groups: patient -> number of slices of the set that is evaluated; empty for classification.
+        samples: the set.
     """
-    if config.task == "segmentation":
-        return Segmentation(config.loss.smooth, groups)
-    return Classification(classes, config.loss.label_smoothing)
+    if config.task in TASKS:
+        return TASKS[config.task](config, classes, samples)
+    # not above: it imports this module
+    from hpcsngd.train.text.tasks import TASKS as TEXT_TASKS
+
+    return TEXT_TASKS[config.task](config, classes, samples)

@@ -24,6 +24,9 @@ TRAIN, TEST = 48, 16
 #: patients are 16 samples, so an experiment must set ``data.validation_patients: 2``.
 PATIENTS, SLICES = 8, 10
 
+#: Tokens of a long text that are predicted: two steps of 16 samples of 8 tokens.
+TOKENS = 256
+
 _CLASSES = 10
 _FEATURES = 32
 
@@ -183,6 +186,36 @@ def _write_features(root: Path) -> None:
         torch.save(torch.from_numpy(labels), folder / f"targets_{part}.pt")
 
 
+def _write_multi30k(root: Path) -> None:
+    """Writes sentences that translate word by word; the rarer words are in the training set alone."""
+    words = {"ein": "a", "Mann": "man", "Hund": "dog", "läuft": "runs", "schläft": "sleeps", "dort": "there"}
+    folder = root / "multi30k"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (part, count) in enumerate((("train", TRAIN), ("val", TEST), ("test_2016_flickr", TEST))):
+        draws = np.random.default_rng(seed)
+        lines = [draws.choice(list(words), draws.integers(2, 7)).tolist() for _ in range(count)]
+        for language, text in (("de", lines), ("en", [[words[word] for word in line] for line in lines])):
+            content = "".join(f"{' '.join(line)}.\n" for line in text)
+            (folder / f"{part}.{language}").write_text(content, encoding="utf-8")
+
+
+def _write_tokens(folder: str, name: str, extension: str, root: Path) -> None:
+    """Writes texts in which words follow each other by a rule; TOKENS + 1 to train, a quarter to evaluate."""
+    place = root / folder
+    place.mkdir(parents=True, exist_ok=True)
+    for seed, (part, count) in enumerate((("train", TOKENS), ("valid", TOKENS // 4), ("test", TOKENS // 4))):
+        draws, word, lines = np.random.default_rng(seed), 0, [""]
+        # each line is 7 words and the end that a reader adds
+        while sum(len(line.split()) + 1 for line in lines) < count + 1:
+            line = []
+            for _ in range(min(7, count - sum(len(each.split()) + 1 for each in lines))):
+                word = (2 * word + int(draws.integers(0, 3))) % 11
+                line.append("<unk>" if word == 10 else f"w{word}")
+            lines.append(" ".join(line))
+        content = "".join(f" {line} \n" for line in lines)
+        (place / f"{name}.{part}.{extension}").write_text(content, encoding="utf-8")
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "digits": _nothing,
     "mnist": partial(_write_idx, "MNIST"),
@@ -194,4 +227,8 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "imagenet64": partial(_write_small_imagenet, 64),
     "lgg-mri": _write_mri,
     "features": _write_features,
+    "multi30k": _write_multi30k,
+    "ptb": partial(_write_tokens, "ptb", "ptb", "txt"),
+    "wikitext2": partial(_write_tokens, "wikitext-2", "wiki", "tokens"),
+    "wikitext103": partial(_write_tokens, "wikitext-103", "wiki", "tokens"),
 }

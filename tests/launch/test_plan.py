@@ -116,7 +116,7 @@ def test_all_refusals_come_at_once(configure: Configure, host: Host) -> None:
     ("site", "overrides", "words"),
     [
         (changed(status="retired"), {}, "the system is retired"),
-        (changed(scheduler={"kind": "ssh"}), {}, "ssh is not supported yet"),
+        (changed(scheduler={"kind": "ssh", "hosts": ["a"]}), {"nodes": 2}, "ssh has 1 host(s), asked: 2"),
         (changed(launch={"launcher": "jsrun"}), {}, "jsrun does not work with slurm"),
         (changed(launch={"launcher": "none"}), {"nodes": 2}, "none starts one agent, but this job needs 2"),
         (changed(launch={"gpu_visibility": "one"}), {"gpus_per_node": 2}, "one needs launch.mode: per_rank"),

@@ -214,6 +214,17 @@ def test_coupled_weight_decay_is_preconditioned_and_not_stored() -> None:
         assert relative(found, fisher_solution(window, 3, gradient + 0.1 * weights)) < 1e-10
 
 
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
+def test_ggt_stores_and_preconditions_coupled_weight_decay(storage: Any) -> None:
+    params, twins = parameters(), parameters()
+    weights = torch.cat([parameter.detach().reshape(-1) for parameter in params])
+    decayed = GGT(params, 3, weight_decay=0.1, storage=storage, density=0.4)
+    plain = GGT(twins, 3, storage=storage, density=0.4)
+    for gradient in gradients(5):
+        expected = stepped(plain, twins, gradient + 0.1 * weights)
+        assert relative(stepped(decayed, params, gradient), expected) < 1e-12
+
+
 def test_clipping() -> None:
     gradient = gradients(1)[0]
     plain = stepped(MFAC(params := parameters(), 3, damping=DAMPING), params, gradient)
@@ -348,6 +359,7 @@ def test_sparse_ggt_that_keeps_everything_is_ggt() -> None:
         ({"beta2": 0.5}, "at least beta1"),
         ({"eps": 0.0}, "eps=0.0"),
         ({"storage": "lowrank"}, "storage='lowrank'"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
     ],
 )
 def test_what_ggt_refuses(arguments: dict[str, Any], words: str) -> None:
@@ -362,6 +374,7 @@ METHODS: dict[str, Callable[[list[nn.Parameter]], Windowed]] = {
     ),
     "lowrank": lambda params: MFAC(params, 4, damping=DAMPING, storage="lowrank"),
     "ggt": lambda params: GGT(params, 4),
+    "sparse ggt": lambda params: GGT(params, 4, storage="sparse", density=0.2),
 }
 
 
@@ -501,7 +514,7 @@ def test_ranks_share_the_window_of_one_process(name: str, ranks: int) -> None:
     assert alone["traffic"] == {}
     # a rank's part of the vector is what is left after cutting evenly; all send as much as the largest
     number = 4 if name == "sparse" else 8
-    parts = {"sparse": SIZE, "lowrank": max(map(len, lowrank_parts(ranks)))}
+    parts = {"sparse": SIZE, "sparse ggt": SIZE, "lowrank": max(map(len, lowrank_parts(ranks)))}
     largest = parts.get(name, -(-SIZE // ranks))
     assert results[0]["traffic"] == {
         ("products", "all_reduce"): (1, 8 * 4),

@@ -12,6 +12,7 @@ from hpcsngd.train.faults import SettingError
 from hpcsngd.train.sampler import (
     EvaluationSampler,
     ShardedSampler,
+    StreamSampler,
     even_parts,
     micro_batch_count,
     step_sizes,
@@ -168,6 +169,42 @@ def test_groups_are_evaluated_whole() -> None:
         for rank in range(3)
     ]
     assert seen == [[0, 1, 2, 8, 9], [3], [4, 5, 6, 7]]
+
+
+def test_targets_of_a_step_are_those_of_its_samples() -> None:
+    counts = [1 + index % 5 for index in range(23)]
+    for ranks in (1, 2):
+        samplers = [
+            ShardedSampler(23, 8 // ranks, rank=rank, ranks=ranks, seed=3, targets=counts)
+            for rank in range(ranks)
+        ]
+        for epoch in (0, 1):
+            for sampler in samplers:
+                sampler.start_at(epoch)
+            parts = [[index for batch in sampler for index in batch] for sampler in samplers]
+            found = [samplers[-1].targets_in(step) for step in range(samplers[0].steps_per_epoch)]
+            assert sum(found) == sum(counts)
+            first = [part[: samplers[0].sizes[0] // ranks] for part in parts]
+            assert found[0] == sum(counts[index] for part in first for index in part)
+    assert ShardedSampler(23, 8).targets_in(0) == 8
+
+
+def test_unshuffled_samples_come_as_they_are_numbered() -> None:
+    halves = [ShardedSampler(12, 2, rank=rank, ranks=2, shuffled=False) for rank in range(2)]
+    assert [list(half) for half in halves] == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]]
+
+
+@pytest.mark.parametrize(("streams", "ranks"), [(1, 1), (3, 1), (3, 2), (4, 2), (2, 3)])
+def test_streams_stay_on_their_rank_and_in_order(streams: int, ranks: int) -> None:
+    moments = 4
+    found = [list(StreamSampler(streams * moments, streams, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert sorted(index for part in found for batch in part for index in batch) == list(
+        range(streams * moments)
+    )
+    for part in found:
+        for moment, batch in enumerate(part):
+            assert [index // streams for index in batch] == [moment] * len(batch)
+            assert [index % streams for index in batch] == [index % streams for index in part[0]]
 
 
 # Steps that overlap, that are files, that are everything

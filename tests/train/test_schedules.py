@@ -54,3 +54,29 @@ def test_by_epoch_the_rate_changes_when_an_epoch_begins() -> None:
     # HyLo's script: (1/P)(e (P - 1)/warmup + 1) for 4 ranks and 2 epochs of 10 steps
     rates = curve([0, 9, 10, 19, 20], warmup_epochs=2, warmup_start=0.25, by="epoch")
     assert rates == pytest.approx([0.25, 0.25, 0.625, 0.625, 1])
+
+
+def test_inverse_sqrt_is_that_of_the_transformer() -> None:
+    """d^-0.5 min(s^-0.5, s w^-1.5) over its largest value, (d w)^-0.5, for update s = step + 1."""
+    w = 4000
+    steps = [0, 999, 3999, 4000, 15999]
+    expected = [min(s**-0.5, s * w**-1.5) * w**0.5 for s in (1, 1000, 4000, 4001, 16000)]
+    found = curve(steps, kind="inverse_sqrt", warmup_steps=w)
+    assert found == pytest.approx(expected)
+    assert found[2] == 1
+    assert found[4] == 0.5
+
+
+def test_inverse_sqrt_takes_no_epochs() -> None:
+    for fields in ({"warmup_epochs": 1}, {"by": "epoch"}):
+        with pytest.raises(ValueError, match="inverse_sqrt goes by steps"):
+            Schedule.model_validate({"kind": "inverse_sqrt", **fields})
+
+
+def test_plateau_falls_with_each_evaluation_that_is_no_better() -> None:
+    schedule = Schedule.model_validate(
+        {"kind": "plateau", "gamma": 0.25, "warmup_epochs": 1, "warmup_start": 0}
+    )
+    for plateaus, expected in ((0, 1), (1, 0.25), (3, 0.25**3)):
+        assert multiplier(schedule, 30, steps_per_epoch=10, epochs=5, plateaus=plateaus) == expected
+    assert multiplier(schedule, 5, steps_per_epoch=10, epochs=5, plateaus=1) == 0.125

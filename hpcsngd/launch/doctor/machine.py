@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +49,20 @@ class Machine:
         """Returns where a program is, or None."""
         return shutil.which(program)
 
-    def run(self, words: Sequence[str], timeout_s: float) -> Output:
-        """Runs a program; everything that can go wrong becomes an `Output`."""
+    @contextlib.contextmanager
+    def mark(self, folder: str) -> Iterator[str | None]:
+        """Yields the path of a file that lies in a folder meanwhile; None where none can be made."""
+        with contextlib.ExitStack() as stack:
+            try:
+                place = Path(folder).expanduser().absolute()
+                file = stack.enter_context(tempfile.NamedTemporaryFile(dir=place, prefix=".hpcsngd-doctor-"))
+            except OSError:
+                yield None
+                return
+            yield file.name
+
+    def run(self, words: Sequence[str], timeout_s: float, text: str = "") -> Output:
+        """Runs a program with a text as its input; everything that can go wrong becomes an `Output`."""
         try:
             done = subprocess.run(
                 list(words),
@@ -57,7 +71,7 @@ class Machine:
                 check=False,
                 timeout=timeout_s,
                 errors="replace",
-                stdin=subprocess.DEVNULL,
+                input=text,
             )
         except subprocess.TimeoutExpired:
             return Output(-1, f"no answer within {timeout_s:g} s")

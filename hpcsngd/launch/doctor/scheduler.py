@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hpcsngd.config.fields import walltime_minutes, walltime_text
 from hpcsngd.config.site import Site
 from hpcsngd.launch import partitions
-from hpcsngd.launch.doctor import lsf
+from hpcsngd.launch.doctor import lsf, ssh
 from hpcsngd.launch.doctor.finding import Finding, broken, ok, warning
 from hpcsngd.launch.doctor.machine import Machine
 
@@ -64,8 +64,7 @@ def check(site_name: str | None, site: Site | None, machine: Machine) -> Iterato
     elif site.scheduler.kind == "lsf":
         yield from lsf.check(site_name or "", site, machine)
     else:
-        text = f"{site.scheduler.kind} is not supported yet"
-        yield broken("scheduler", text, "allowed: slurm, lsf, local")
+        yield from ssh.check(site, machine)
 
 
 def _any(machine: Machine) -> Finding:

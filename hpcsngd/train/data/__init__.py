@@ -38,6 +38,20 @@ __all__ = [
     "loader",
 ]
 
+
+def _multi30k(root: Path | None, config: schema.Data) -> Splits:
+    # not above: texts are samples, whose module is in this package
+    from hpcsngd.train.text.pairs import multi30k
+
+    return multi30k(root, config)
+
+
+def _token_files(root: Path | None, config: schema.Data) -> Splits:
+    from hpcsngd.train.text.stream import token_files
+
+    return token_files(root, config)
+
+
 DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "digits": digits,
     "mnist": mnist,
@@ -49,6 +63,10 @@ DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "imagenet64": imagenet64,
     "lgg-mri": lgg_mri,
     "features": features,
+    "multi30k": _multi30k,
+    "ptb": _token_files,
+    "wikitext2": _token_files,
+    "wikitext103": _token_files,
 }
 
 
@@ -74,7 +92,10 @@ def load(config: schema.Data, data_root: str | None, *, seed: int = 0) -> Splits
     splits = _with_classes(DATASETS[config.name](root, config), config.classes)
     train, test = splits.train.limited(config.train_limit), splits.test.limited(config.test_limit)
     if config.folds is None:
-        return Splits(train.augmented(config.augment, seed), test, splits.num_classes, splits.evaluated)
+        extra = {name: part.limited(config.test_limit) for name, part in splits.extra.items()}
+        return Splits(
+            train.augmented(config.augment, seed), test, splits.num_classes, splits.evaluated, extra
+        )
     kept, held_out = fold(train.labels, config.folds)
     changed = train.subset(kept).augmented(config.augment, seed)
     return Splits(changed, train.subset(held_out), splits.num_classes, "validation")

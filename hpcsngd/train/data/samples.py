@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -24,7 +24,8 @@ from hpcsngd.config.experiment import Augment
 from hpcsngd.train.data import augment
 from hpcsngd.train.data.draws import Draws
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
+#: The model's inputs, one or more, and the targets, which come last; samples are the first dimension of all.
+Batch: TypeAlias = tuple[Tensor, ...]
 
 #: Limits take the first samples of this fixed shuffle, the same for every run.
 _SHUFFLE_SEED = 0
@@ -41,8 +42,8 @@ class Samples(Dataset[Batch], ABC):
     """A set of samples.
 
     Attributes:
-        channels: of the images.
-        size: height and width in pixels; the largest, where they grow.
+        channels: of the images; text has none.
+        size: height and width in pixels; the largest, where they grow; text has none.
         blocks: sizes of the parts, in order, of which only one should be in memory; one part for most.
         groups: name -> number of samples, in order, where samples belong together (slices of a patient).
     """
@@ -59,7 +60,10 @@ class Samples(Dataset[Batch], ABC):
 
     @abstractmethod
     def take(self, indices: list[int], draws: Draws | None) -> Batch:
-        """Returns images, float32 ``(n, channels, size, size)``, and targets; changed if there are draws."""
+        """Returns the model's inputs and the targets; changed at random if there are draws.
+
+        Images are one input, float32 ``(n, channels, size, size)``.
+        """
 
     @abstractmethod
     def subset(self, chosen: Tensor) -> Self:
@@ -70,9 +74,13 @@ class Samples(Dataset[Batch], ABC):
         """
 
     @property
-    @abstractmethod
     def labels(self) -> Tensor:
-        """Returns the labels, ``(samples,)``, int64."""
+        """Returns the labels, ``(samples,)``, int64.
+
+        Raises:
+            TypeError: the samples have no classes.
+        """
+        raise TypeError(f"{type(self).__name__} have no classes")
 
     @property
     def blocks(self) -> list[int]:
@@ -83,6 +91,27 @@ class Samples(Dataset[Batch], ABC):
     def groups(self) -> dict[str, int]:
         """Returns nothing: the samples are on their own."""
         return {}
+
+    @property
+    def targets(self) -> list[int] | None:
+        """Returns how many targets (tokens) each sample has; None where each has one."""
+        return None
+
+    @property
+    def streams(self) -> int:
+        """Returns how many samples lie side by side at each moment of time; 0: samples have no order.
+
+        Sample ``t * streams + s`` follows sample ``(t - 1) * streams + s``.
+        """
+        return 0
+
+    def laid_out(self, streams: int) -> Self:
+        """Returns the samples as that many streams, which only long texts are; any others are as before."""
+        return self
+
+    def example(self, count: int) -> tuple[Tensor, ...]:
+        """Returns inputs of a trial pass through the model: blank images of the largest size."""
+        return (torch.zeros(count, self.channels, self.size, self.size),)
 
     def __getitem__(self, wanted: Wanted | list[int]) -> Batch:
         if isinstance(wanted, Wanted):
@@ -165,9 +194,11 @@ class Splits:
         test: what is evaluated.
         num_classes: number of classes; 1 for masks.
         evaluated: what ``test`` is: the ``test`` set, or a ``validation`` set.
+        extra: name -> another set that is evaluated as well, under its own name in eval.csv.
     """
 
     train: Samples
     test: Samples
     num_classes: int
     evaluated: Literal["test", "validation"] = "test"
+    extra: Mapping[str, Samples] = field(default_factory=dict)

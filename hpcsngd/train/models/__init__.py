@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from hpcsngd.config.catalogue import TORCHVISION_PREFIX
+from hpcsngd.config.experiment import Model
 from hpcsngd.errors import did_you_mean
+from hpcsngd.train.data.samples import Samples
 from hpcsngd.train.faults import SettingError
 from hpcsngd.train.models import resnet, vgg
 from hpcsngd.train.models.blurpool import add_blurpool
 from hpcsngd.train.models.densenet import densenet
+from hpcsngd.train.models.language import recurrent_lm, transformer_lm
 from hpcsngd.train.models.mobilenet import mobilenetv2
 from hpcsngd.train.models.small import cnn1, cnn2, conv3_linear, digits_cnn, lenet5, lenet5_tanh, linear
+from hpcsngd.train.models.transformer import transformer
 from hpcsngd.train.models.unet import unet
 from hpcsngd.train.models.zoo import from_torchvision
 
@@ -44,6 +49,36 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2": mobilenetv2,
     "unet": unet,
 }
+
+
+TEXT_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "transformer": transformer,
+    "lstm-lm": partial(recurrent_lm, "lstm"),
+    "gru-lm": partial(recurrent_lm, "gru"),
+    "transformer-lm": transformer_lm,
+}
+
+
+def build_for(samples: Samples, num_classes: int, config: Model) -> nn.Module:
+    """Returns an experiment's network for its data, with freshly drawn weights (torch's global stream).
+
+    Args:
+        samples: the training set, which knows the size of its images or its vocabulary.
+        num_classes: size of the output, where the data have classes.
+        config: the experiment's ``model``.
+
+    Raises:
+        SettingError: an unknown name, or arguments that the network does not take.
+    """
+    if config.name not in TEXT_MODELS:
+        shape = (samples.channels, samples.size)
+        return build_model(config.name, num_classes, *shape, blurpool=config.blurpool, **config.args)
+    if config.blurpool:
+        raise SettingError(f"model {config.name} has no convolutions for blurpool")
+    try:
+        return TEXT_MODELS[config.name](samples, num_classes, **config.args)
+    except TypeError as error:
+        raise SettingError(f"model {config.name} with args {config.args}: {error}") from error
 
 
 def build_model(

@@ -50,7 +50,7 @@ class LostWorkerError(TrainError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights at one moment; nobody changes them.
+    """Weights at one moment, on the CPU, as they travel; nobody changes them.
 
     Attributes:
         version: updates before it.
@@ -224,9 +224,9 @@ class Engine:
                     or (self._ledger.has_work(worker) and self._is_turn("pull", worker))
                 )
             )
-            self._check_alive(worker)
             if self._has_ended:
                 return None
+            self._check_alive(worker)
             work = self._ledger.take(worker)
             self._workers[worker].pulled = self._snapshot
             self._happened("pull", worker)
@@ -441,7 +441,7 @@ class Engine:
         )
         staleness = self.version - pushes[last].version if last in pushes else 0
         for parameter, gradient in zip(self._parameters, self._mean(pushes, samples), strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.to(parameter.device)
         if self._before_update is not None:
             self._before_update(self._samples)
         for optimizer in self._optimizers:
@@ -464,7 +464,12 @@ class Engine:
             return list(push.gradients)
         pulled = self._workers[worker].pulled
         then = self._snapshot.parameters if pulled is None else pulled.parameters
-        return self._compensation.apply(push.gradients, self._parameters, then)
+        # wherever the model is, gradients and snapshots are on the CPU
+        here = [
+            [each.to(own.device) for each, own in zip(group, self._parameters, strict=True)]
+            for group in (push.gradients, then)
+        ]
+        return self._compensation.apply(here[0], self._parameters, here[1])
 
     def _join_buffers(self) -> None:
         latest = [each.buffers for each in self._workers.values() if each.buffers is not None]
@@ -474,7 +479,9 @@ class Engine:
 
     def _take_snapshot(self, version: int) -> Snapshot:
         groups = (self._parameters, self._buffers)
-        parameters, buffers = (tuple(each.detach().clone() for each in group) for group in groups)
+        parameters, buffers = (
+            tuple(each.detach().to("cpu", copy=True) for each in group) for group in groups
+        )
         return Snapshot(version, parameters, buffers)
 
     def _fail(self, error: BaseException) -> None:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.25
 """How often the server looks for stop requests and lost workers."""
 LEAVE_S = 20.0
-"""How long workers have to take their leave at the end."""
+"""How long workers have to take their leave after a failure."""
 
 
 @dataclass
@@ -114,6 +114,7 @@ class Updates:
             self._progress.step,
             steps_per_epoch=self._steps_per_epoch,
             epochs=config.epochs,
+            plateaus=self._progress.plateaus,
         )
         optimizers.set_multiplier(self._served.optimizers, factor)
 
@@ -153,6 +154,7 @@ class Server:
         workers: their numbers.
         steps_per_epoch: updates per epoch.
         evaluate: evaluates the model.
+        split: what it is evaluated on, as eval.csv names it.
         recorder: takes the metrics.
         checkpoints: takes the state.
         stop_request: says when the run should checkpoint and leave.
@@ -174,6 +176,7 @@ class Server:
         workers: Sequence[int],
         steps_per_epoch: int,
         evaluate: Callable[[], Evaluated],
+        split: str,
         recorder: Recorder,
         checkpoints: Checkpoints,
         stop_request: StopRequest,
@@ -186,7 +189,8 @@ class Server:
     ) -> None:
         self._config, self._served, self._engine, self._updates = config, served, engine, updates
         self._workers, self._steps_per_epoch = list(workers), steps_per_epoch
-        self._evaluate_model, self._recorder, self._checkpoints = evaluate, recorder, checkpoints
+        self._evaluate_model, self._split = evaluate, split
+        self._recorder, self._checkpoints = recorder, checkpoints
         self._stop_request, self._find_lost = stop_request, find_lost
         self.progress, self._position, self._pulse = progress, position, pulse
         self._may_hold, self._lost_after_s = may_hold, lost_after_s
@@ -241,15 +245,15 @@ class Server:
             is_finished = self._legs()
         except BaseException as error:
             self._engine.fail(error)
-            self._await_leave()
+            self._await_leave(time.monotonic() + LEAVE_S)
             raise
         self._ending = Ending(is_finished)
         return is_finished
 
     def dismiss(self) -> None:
-        """Sends the workers home and waits until they have left."""
+        """Sends the workers home and waits until they have left, or are lost."""
         self._engine.end()
-        self._await_leave()
+        self._await_leave(math.inf)
 
     @property
     def lost(self) -> list[str]:
@@ -323,13 +327,13 @@ class Server:
     def _evaluate(self) -> None:
         progress, started = self.progress, time.perf_counter()
         evaluated = self._evaluate_model()
-        progress.test = evaluated.sums
-        progress.best_test_accuracy = max(progress.best_test_accuracy, progress.test.accuracy)
-        self._recorder.evaluation(progress, time.perf_counter() - started)
+        progress.take_test(evaluated.sums)
+        seconds = time.perf_counter() - started
+        self._recorder.evaluation(progress, self._split, evaluated.sums, evaluated.scores, seconds)
         self._recorder.dice(progress.step, evaluated.patients)
         is_last = progress.step == self._config.epochs * self._steps_per_epoch
         if is_last and evaluated.confusion is not None:
-            self._recorder.confusion(progress.step, evaluated.confusion)
+            self._recorder.confusion(progress.step, self._split, evaluated.confusion)
         log.info(
             "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; %.1f s trained",
             progress.step // self._steps_per_epoch,
@@ -362,9 +366,8 @@ class Server:
         self._saved_step = step
         self._pulse.saved(time.monotonic() - started)
 
-    def _await_leave(self) -> None:
-        """Waits until every worker that is there has left, for a while."""
-        deadline = time.monotonic() + LEAVE_S
+    def _await_leave(self, deadline: float) -> None:
+        """Waits until every worker has left or is lost, or for a reading of ``time.monotonic``."""
         while set(self._workers) - self._gone and time.monotonic() < deadline:
             self._mind_workers()
             time.sleep(0.02)

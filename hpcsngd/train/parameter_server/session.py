@@ -178,7 +178,6 @@ def build_server(job: Job, stop_request: StopRequest) -> Built:
         steps_per_epoch=size,
         started=job.started,
         first_step=progress.step,
-        evaluated=splits.evaluated,
     )
     server = Server(
         config,
@@ -188,6 +187,7 @@ def build_server(job: Job, stop_request: StopRequest) -> Built:
         workers=numbers,
         steps_per_epoch=size,
         evaluate=_evaluator(job, splits, model),
+        split=splits.evaluated,
         recorder=recorder,
         checkpoints=checkpoints,
         stop_request=stop_request,
@@ -223,7 +223,7 @@ def build_worker(job: Job, number: int, link: Link) -> Worker:
         session.build_model(config, splits, job.device),
         samples=splits.train,
         orders=Orders(_common_order(job, splits), config.seed, number, own),
-        task=tasks.build(config, splits.num_classes, splits.test.groups),
+        task=tasks.build(config, splits.num_classes, splits.test),
         link=link,
         device=job.device,
         delay=delay_model(settings.delay),
@@ -278,8 +278,7 @@ def _work(job: Job, rank: int) -> bool:
     try:
         return build_worker(job, rank, link).run()
     except ServerFailedError:
-        with contextlib.suppress(ServerFailedError):
-            link.leave()
+        link.leave()
         raise
     except DismissedError:
         raise
@@ -365,7 +364,7 @@ def _check_fits(common: Mapping[str, object], order: ShardedSampler, workers: li
 
 def _evaluator(job: Job, splits: data.Splits, model: nn.Module) -> Callable[[], Evaluated]:
     config = job.config
-    task = tasks.build(config, splits.num_classes, splits.test.groups)
+    task = tasks.build(config, splits.num_classes, splits.test)
     size, groups = config.eval_batch_size or config.batch_size, list(splits.test.groups.values())
     sampler = EvaluationSampler(len(splits.test), size, groups=groups)
     batches = data.loader(splits.test, sampler, workers=0, pin=job.device.type == "cuda")

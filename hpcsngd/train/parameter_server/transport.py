@@ -7,6 +7,7 @@ in text. Messages are pickled, so they must come from our own processes only: th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -156,7 +157,9 @@ class RpcLink:
     def leave(self) -> None:
         """Takes leave."""
         self._has_left.set()
-        self._ask("leave")
+        # the server may end with its last worker, before the answer is under way; what it suffered it tells
+        with contextlib.suppress(ServerFailedError):
+            self._ask("leave")
 
     def fail(self, kind: str, message: str) -> None:
         """Tells that this worker has failed."""

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpcsngd import rundir
+from hpcsngd import lifeline, rundir
 
 REPORTED = (
     "RANK",
@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
     given = parser.parse_args()
+    lifeline.bind_to_parent()  # as the real worker does
     run = rundir.open_run(given.run_dir)
     attempt = run.attempt(given.attempt)
     rank = int(os.environ["RANK"])
@@ -42,6 +43,7 @@ def main() -> int:
     behaviors = {
         "ok": finish,
         "meet": meet,
+        "linger": linger,
         "import": import_nothing,
         "fault": tell_fault,
         "hang": hang,
@@ -86,6 +88,20 @@ def meet(attempt: rundir.Attempt, rank: int) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return finish(attempt, rank, total=float(total))
+
+
+def linger(attempt: rundir.Attempt, rank: int) -> int:
+    """Meets the others and reduces with them until one is gone, as training does."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    for number in range(600):
+        dist.all_reduce(torch.ones(1))
+        if number == 0:
+            (attempt.path / f"met{rank}").touch()
+        time.sleep(0.1)
+    return 1
 
 
 def import_nothing(attempt: rundir.Attempt, rank: int) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpcsngd.config import resolve
 from hpcsngd.rundir import RunDir
 from hpcsngd.train.parameter_server import session
@@ -36,7 +38,7 @@ class DirectLink:
         server: Server,
         worker: int,
         on_begin: Callable[[], None],
-        on_push: Callable[[int, Push], None],
+        on_push: Callable[[int, Push, Server], None],
     ) -> None:
         self._server, self._worker, self._on_begin, self._on_push = server, worker, on_begin, on_push
 
@@ -48,7 +50,7 @@ class DirectLink:
         return self._server.begin(self._worker, streams)
 
     def push(self, push: Push) -> int:
-        self._on_push(self._worker, push)
+        self._on_push(self._worker, push, self._server)
         return self._server.push(self._worker, push)
 
     def leave(self) -> None:
@@ -64,7 +66,8 @@ def train(
     *,
     workers: int = 1,
     stop_after: int | None = None,
-    on_push: Callable[[int, Push], None] = lambda worker, push: None,
+    on_push: Callable[[int, Push, Server], None] = lambda worker, push, server: None,
+    device: torch.device = CPU,
 ) -> bool:
     """Trains a run; returns whether it is finished.
 
@@ -74,9 +77,10 @@ def train(
         workers: how many there are.
         stop_after: ask for a stop when a worker wants more after so many steps; None: never.
         on_push: sees every push before the server; what it raises ends its worker without a word.
+        device: where all compute.
     """
     resolved = resolve.from_record(run.record()["config"])
-    job = session.Job(run, attempt, resolved, CPU, workers, time.monotonic(), Pulse())
+    job = session.Job(run, attempt, resolved, device, workers, time.monotonic(), Pulse())
     session.check_ranks(job)
 
     def stop_if_due() -> None:

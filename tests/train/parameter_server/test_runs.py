@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
 from hpcsngd.train import models
 from hpcsngd.train.faults import NotFiniteError, SettingError
+from hpcsngd.train.parameter_server import session
 from hpcsngd.train.parameter_server.delays import DelayModel
 from hpcsngd.train.parameter_server.engine import LostWorkerError, Push
+from hpcsngd.train.parameter_server.server import Server
 from tests.train import runs
 from tests.train.parameter_server.runs import WorkerDiedError, served, train
 from tests.train.runs import assert_same_weights, dropout_net, rows, weights
@@ -128,7 +134,7 @@ def test_a_stopped_asynchronous_run_leaves_no_sample_out(tmp_path: Path) -> None
 
 
 def dies_at(worker: int, number: int) -> Any:
-    def on_push(who: int, push: Push) -> None:
+    def on_push(who: int, push: Push, server: Server) -> None:
         if (who, push.number) == (worker, number):
             raise WorkerDiedError
 
@@ -142,6 +148,66 @@ def test_asynchronous_training_goes_on_without_a_lost_worker(tmp_path: Path) -> 
     assert sorted(row["work"] for row in staleness(run)) == list(range(26))
     [lost] = finished(run)["lost_workers"]
     assert lost.startswith("worker 1 was ended by a test, seen after step ")
+
+
+def test_a_worker_that_falls_silent_counts_as_lost(tmp_path: Path) -> None:
+    """It is not dead: what it pushes in the end is refused."""
+    over = threading.Event()
+    late: list[Exception] = []
+
+    def on_push(who: int, push: Push, server: Server) -> None:
+        if (who, push.number) != (2, 1):
+            return
+        server._heard[2] -= 7200
+        assert over.wait(60)
+        try:
+            server.push(who, push)
+        except LostWorkerError as error:
+            late.append(error)
+            raise
+
+    def end_when_finished() -> None:
+        deadline = time.monotonic() + 60
+        while not run.attempt(1).finished_yaml.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        over.set()
+
+    run = served(tmp_path, "{lost_after_s: 3600}")
+    watching = threading.Thread(target=end_when_finished)
+    watching.start()
+    assert train(run, workers=2, on_push=on_push)
+    watching.join()
+    [lost] = finished(run)["lost_workers"]
+    assert re.match(r"worker 2 has been silent for 7\d\d\d s, seen after step ", lost)
+    assert "its push does not count" in str(late[0])
+    assert sorted(row["work"] for row in staleness(run)) == list(range(26))
+
+
+def test_threads_are_shared_by_the_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    session._bound_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    session._bound_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    session._bound_threads()
+    assert asked == [2, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("section", ["{mode: sync}", "{compensation: {strength: 2}}"])
+def test_a_gpu_trains_alike(tmp_path: Path, section: str) -> None:
+    there, here = served(tmp_path, section, deterministic="false"), served(tmp_path, section)
+    workers = 2 if "sync" in section else 1
+    assert train(there, workers=workers, device=torch.device("cuda"))
+    assert train(here, workers=workers)
+    for name, value in weights(here).items():
+        # convolutions sum in another order, in float32, over 26 steps
+        torch.testing.assert_close(weights(there)[name].cpu(), value, rtol=1e-2, atol=1e-3)
 
 
 def test_synchronous_training_ends_with_the_lost_workers_name(tmp_path: Path) -> None:
