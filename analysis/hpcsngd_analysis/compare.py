@@ -122,8 +122,8 @@ def compare_runs(
     """
     records = {run.name: run for run in runs.records}
     sides = [[records[name] for name in names] for names in (method, baseline)]
-    refusal = next(filter(None, map(_repeated_seed, sides)), "") or (
-        _unlike_hardware([*sides[0], *sides[1]]) if target is not None else ""
+    refusal = next(filter(None, map(repeated_seed, sides)), "") or (
+        unlike_hardware([*sides[0], *sides[1]]) if target is not None else ""
     )
     if refusal:
         return Verdict("refused", refusal)
@@ -131,13 +131,13 @@ def compare_runs(
         final = stats.split_results(runs.tables["eval"], split)["final_accuracy"]
         return compare_values(
             *(
-                {_seed(run): float(final.get(run.name, math.nan)) for run in _completed(side)}
+                {seed_of(run): float(final.get(run.name, math.nan)) for run in _completed(side)}
                 for side in sides
             )
         )
     reached = stats.time_to_target(runs.tables["eval"], target, split)
     arrivals = [
-        {_seed(run): _arrival(run, reached) for run in side if run.status and run.state != "cancelled"}
+        {seed_of(run): _arrival(run, reached) for run in side if run.status and run.state != "cancelled"}
         for side in sides
     ]
     return compare_times(*arrivals)
@@ -237,13 +237,14 @@ def _completed(side: Sequence[Run]) -> list[Run]:
     return [run for run in side if run.state == "completed"]
 
 
-def _seed(run: Run) -> int:
+def seed_of(run: Run) -> int:
+    """Returns what runs are paired by."""
     return int(run.config["experiment"].get("seed") or 0)
 
 
-def _repeated_seed(side: Sequence[Run]) -> str:
+def repeated_seed(side: Sequence[Run]) -> str:
     """Returns why runs of one side cannot be paired; empty where they can."""
-    seeds = [_seed(run) for run in side]
+    seeds = [seed_of(run) for run in side]
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if not twice:
         return ""
@@ -251,20 +252,26 @@ def _repeated_seed(side: Sequence[Run]) -> str:
     return f"several runs of {side[0].experiment} have the same seed ({shown}): leave out all but one"
 
 
-def _unlike_hardware(records: Sequence[Run]) -> str:
-    """Returns why times of these runs cannot be compared; empty where they can."""
+def unlike_hardware(records: Sequence[Run], *, ranks_differ: bool = False) -> str:
+    """Returns why times of these runs cannot be compared; empty where they can.
+
+    Args:
+        records: the runs.
+        ranks_differ: whether they may have other numbers of ranks, where these are what is compared.
+    """
     unknown = [run.name for run in records if not run.hardware]
     if unknown:
         return f"the hardware of {unknown[0]} is not recorded, so its times cannot be compared"
-    kinds = {_machine(run): run.name for run in records}
+    kinds = {_machine(run, ranks_differ): run.name for run in records}
     if len(kinds) > 1:
         (first, run), (second, other) = list(kinds.items())[:2]
         return f"times from different hardware cannot be compared: {first} ({run}), {second} ({other})"
     return ""
 
 
-def _machine(run: Run) -> str:
+def _machine(run: Run, ranks_differ: bool) -> str:
     """Returns in words what decides how fast a run can be."""
     cards = [str(card.get("name")) for card in run.hardware.get("gpus") or []]
     cores = f"{run.hardware.get('cpu') or 'unknown processor'} x {run.hardware.get('cpus')}"
-    return f"{run.world_size} ranks on {', '.join([cores, *cards])}"
+    place = ", ".join([cores, *cards])
+    return place if ranks_differ else f"{run.world_size} ranks on {place}"

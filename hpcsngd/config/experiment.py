@@ -928,6 +928,8 @@ def _check_lbfgs(experiment: Experiment, optimizer: LBFGS) -> None:
         "preconditioner: it has curvature of its own": experiment.preconditioner is not None,
         "clip_norm: a clipped gradient is not that of the loss": experiment.clip_norm is not None,
         f"precision {experiment.precision}: it needs fp32": experiment.precision != "fp32",
+        f"loss.average {experiment.loss.average}: it evaluates means over samples": experiment.loss.average
+        != "samples",
         "schedule.warmup_start 0: a first step of 0 leads nowhere": experiment.schedule.warmup_epochs > 0
         and not experiment.schedule.warmup_start,
         "strategy parameter_server: all ranks must take the same step": experiment.strategy

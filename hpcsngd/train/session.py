@@ -123,9 +123,11 @@ def _laid_out(splits: data.Splits, config: Experiment) -> data.Splits:
 def _build_parts(run: RunDir, config: Experiment, splits: data.Splits, device: torch.device) -> Parts:
     scaler = devices.make_scaler(config.precision, device)
     model = new_model(run, config, splits, device)
-    if config.accumulate > 1 and carried.is_carrying(model):
+    goes_once = config.strategy != "full_batch" and config.optimizer.name != "lbfgs"
+    if not (config.accumulate == 1 and goes_once) and carried.is_carrying(model):
         raise SettingError(
-            f"model {config.model.name} goes on from step to step in its streams: accumulate must be 1"
+            f"model {config.model.name} goes on from step to step in its streams: accumulate must be 1, the "
+            "strategy not full_batch, and the optimizer not lbfgs"
         )
     strategy = STRATEGIES[config.strategy]()
     trained = strategy.prepare(model, device)

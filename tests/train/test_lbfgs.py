@@ -237,6 +237,7 @@ def test_ranks_are_one_process_on_the_joined_batch(ranks: int, tmp_path: Path, a
     [
         ({"preconditioner.name": "kfac"}, "preconditioner: it has curvature of its own"),
         ({"clip_norm": 1.0}, "clip_norm: a clipped gradient"),
+        ({"loss.average": "tokens"}, "loss.average tokens: it evaluates means over samples"),
         ({"precision": "bf16"}, "precision bf16: it needs fp32"),
         ({"schedule": "{warmup_epochs: 1, warmup_start: 0}"}, "a first step of 0"),
         ({"optimizer.batches": "file"}, "data set digits does not come in several files"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hpcsngd_analysis.panels import Section
-from hpcsngd_analysis.sections import comparison, cost, curvature, model, progress
+from hpcsngd_analysis.sections import budget, comparison, cost, curvature, model, progress
 from hpcsngd_analysis.sections.context import Context
 
 
@@ -35,6 +35,9 @@ BUILDERS: tuple[Builder, ...] = (
         "on the same seeds",
     ),
     Builder("verdicts", "Against a baseline", comparison.verdicts, ("eval",), "--baseline EXP"),
+    Builder(
+        "budgets", "Equal samples, equal time", budget.budgets, ("train", "eval"), "two settings, completed",
+    ),
     Builder("clocks", "Where time went", cost.clocks, ("train", "eval"), "attempts that have started"),
     Builder("phases", "Phases of a step", cost.phases, ("profiling",), "--profiling"),
     Builder("ranks", "Timing against ranks", cost.ranks, ("profiling",), "--profiling on 1, 2, 4 ... ranks"),

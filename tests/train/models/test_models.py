@@ -77,6 +77,13 @@ def test_parameter_counts_are_the_published_ones(
     assert parameter_count(model) == count
 
 
+def test_lenet_takes_larger_images_too() -> None:
+    """The first linear layer then takes all 9x9 positions of the third convolution."""
+    model = build_model("lenet5-tanh", 1000, 3, 64)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+    assert parameter_count(model) == 146_156 + (120 * 9 * 9 - 120) * 84 == 952_556
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
