@@ -1,9 +1,9 @@
 """What a report on a thousand runs costs: time, memory and the size of the page.
 
-Run: ``python -m benchmarks.report [--runs 1000] [--rows 10000] [--folder DIR]``. Writes run directories such
-as a study leaves behind (several methods and seeds, resumed, failed and unfinished runs) through
-`hpcsngd.rundir`, then times ``hpcsngd report`` on them in a process of its own: wall time, CPU time, peak
-memory, page. A folder that already holds the runs is used as it is.
+Run: ``python -m benchmarks.report [--runs 1000] [--rows 10000] [--folder DIR] [--page FILE]``. Writes run
+directories such as a study leaves behind (several methods and seeds, resumed, failed and unfinished runs)
+through `hpcsngd.rundir`, then times ``hpcsngd report`` on them in a process of its own: wall time, CPU time,
+peak memory, page. A folder that already holds the runs is used as it is.
 """
 
 from __future__ import annotations
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, help="keep the runs here, or use those that are there")
+    parser.add_argument("--page", type=Path, help="keep the page here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "runs"
@@ -182,7 +183,7 @@ def main() -> None:
             begin = time.perf_counter()
             make_runs(folder, options.runs, options.rows)
             print(f"made {options.runs} runs of {options.rows:,} rows in {time.perf_counter() - begin:.0f} s")
-        found = measure(folder, Path(temporary) / "report.html")
+        found = measure(folder, options.page or Path(temporary) / "report.html")
     print(f"{'wall s':>8} {'CPU s':>8} {'peak MB':>9} {'page MB':>9}")
     print("{wall_s:>8.1f} {cpu_s:>8.1f} {peak_mb:>9.0f} {page_mb:>9.1f}".format(**found))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpcsngd import rundir
+from hpcsngd.cli.submit import _print_outcome
 from hpcsngd.config import resolve
 from hpcsngd.launch import plan
 from hpcsngd.sweepdir import SweepDir
@@ -279,3 +280,16 @@ def test_doctor_ends_with_1_where_something_is_broken(tmp_path: Path) -> None:
     done = hpcsngd("doctor", "--site", str(site))
     assert done.returncode == 1
     assert "broken   torch" in done.stdout
+
+
+def test_the_end_of_a_run_tells_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = {"validation_accuracy": 0.25, "validation_loss": 4.5, "best_validation_accuracy": 0.3}
+    times = {"epochs": 2, "steps": 8, "train_s": 1.0, "wall_s": 2.0}
+    scores = {"validation_perplexity": 90.017, "validation_bleu": 31.25}
+    status = rundir.Status("completed", "", 1, result=accuracy | scores | times)
+    _print_outcome(rundir.RunDir(tmp_path), status, None)
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "validation accuracy: 0.2500 after 2 epochs",
+        "validation perplexity: 90.02",
+        "validation bleu: 31.25",
+    ]

@@ -152,6 +152,37 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "preconditioner.inverse_every": 10,
     },
     "wikitext2-transformer-kfac": {"optimizer.lr": 1, "clip_norm": 0.5, "schedule.kind": "plateau"},
+    "squad-bert-adamw": {"epochs": 3, "batch_size": 8, "optimizer.lr": 5e-5, "data.max_length": 384},
+    "squad-bert-kfac": {
+        "epochs": 3,
+        "batch_size": 4,
+        "eval_batch_size": 8,
+        "optimizer.lr": 5e-6 * 8,
+        "preconditioner.damping": 0.03,
+        "preconditioner.factor_every": 1,
+        "preconditioner.inverse_every": 1,
+        "preconditioner.factors": "local",
+        "data.doc_stride": 128,
+        "ranks": 8,
+    },
+    "squadv2-bert-sparse-mfac": {
+        "epochs": 2,
+        "optimizer.lr": 3e-5,
+        "preconditioner.damping": 5e-5,
+        "preconditioner.num_grads": 1024,
+        "preconditioner.density": 0.01,
+        "clip_norm": 1,
+    },
+    "mnli-bert-sparse-mfac": {
+        "epochs": 3,
+        "batch_size": 32,
+        "optimizer.lr": 2e-5,
+        "preconditioner.damping": 5e-5,
+        "preconditioner.num_grads": 1024,
+        "preconditioner.density": 0.01,
+        "data.max_length": 128,
+        "clip_norm": 1,
+    },
     "logreg-sparse-ggt": {
         "epochs": 10,
         "optimizer.lr": 1,
@@ -213,7 +244,8 @@ def test_what_keeps_the_published_scaling_has_a_corrected_sibling(name: str) -> 
     assert isinstance(sibling.preconditioner, HyLo)
     assert sibling.preconditioner.conv_mode == "reduce"
     assert sibling.preconditioner.damping != method.damping
-    assert "not tuned" in " ".join(sibling.corrections)
+    # where the number comes from; tests/test_benchmarks_damping.py holds it against the study
+    assert re.search(r"damping.* tuned .*benchmarks/", " ".join(sibling.corrections))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("-hylo", "-sngd"))])

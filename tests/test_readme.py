@@ -33,7 +33,7 @@ def run(lines: list[str], **env: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1500,
         check=False,
     )
 
@@ -45,6 +45,7 @@ def test_the_readme_has_the_two_commands_a_newcomer_needs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.skipif(
     not HAS_VENV, reason="the README's commands use the environment that make sets up in .venv"
 )

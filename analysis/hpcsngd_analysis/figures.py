@@ -73,7 +73,7 @@ class Curves:
         lines: the curves in drawing order: training first, so that others lie above; then by run.
     """
 
-    metric: Metric
+    metric: str
     clock: Clock
     x_title: str
     y_title: str
@@ -131,6 +131,25 @@ def curves(runs: Runs, metric: Metric, clock: Clock, points: int = POINTS) -> Cu
     lines.sort(key=lambda line: (line.split != "train", order[line.run]))
     span = _span([line.y for line in lines]) if metric == "loss" else 0.0
     return Curves(metric, clock, x_title, f"{metric}{' (log scale)' if span else ''}", span, tuple(lines))
+
+
+def score_curves(runs: Runs, metric: str, points: int = POINTS) -> Curves:
+    """Returns a score of all runs (perplexity, BLEU) on each split evaluated, against epochs.
+
+    Args:
+        runs: with the table ``scores``.
+        metric: one of its column ``metric``.
+        points: a longer curve is thinned to at most this many points.
+    """
+    table = runs.tables["scores"]
+    order = {run.name: position for position, run in enumerate(runs.records)}
+    lines = [
+        _line(run, split, rows["epoch"].to_numpy(float), rows["value"].to_numpy(float), points)
+        for (run, split), rows in table[table["metric"] == metric].groupby(["run", "split"], sort=False)
+    ]
+    lines.sort(key=lambda line: order[line.run])
+    span = _span([line.y for line in lines])
+    return Curves(metric, "epoch", "epoch", f"{metric}{' (log scale)' if span else ''}", span, tuple(lines))
 
 
 def clocked(runs: Runs) -> Iterator[pd.DataFrame]:
@@ -214,9 +233,9 @@ def _trace(line: Curve, position: int, data: Curves, *, is_crowded: bool) -> go.
     )
 
 
-def _hover(metric: Metric, clock: Clock, x_title: str) -> str:
+def _hover(metric: str, clock: Clock, x_title: str) -> str:
     x = {"epoch": "epoch %{x:.4~g}", "samples": "%{x:.4~s} samples"}.get(clock, f"{x_title}: %{{x:.4~g}}")
-    y = "accuracy %{y:.2%}" if metric == "accuracy" else "loss %{y:.4~g}"
+    y = "accuracy %{y:.2%}" if metric == "accuracy" else f"{metric} %{{y:.4~g}}"
     return f"<b>%{{fullData.name}}</b><br>{y}<br>{x}<extra></extra>"
 
 

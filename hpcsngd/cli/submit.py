@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,8 @@ def _print_outcome(run: RunDir, status: Status, report_path: Path | None) -> Non
         result = status.result or {}
         split = next(name for name in ("test", "validation") if f"{name}_accuracy" in result)
         click.echo(f"{split} accuracy: {result[f'{split}_accuracy']:.4f} after {result['epochs']:g} epochs")
+        for line in _scores(result, split):
+            click.echo(line)
         click.echo(f"time: {result['train_s']:.1f} s of training, {result['wall_s']:.1f} s in all")
     else:
         click.echo(f"{status.state}: {status.reason}", err=True)
@@ -138,3 +141,10 @@ def _print_outcome(run: RunDir, status: Status, report_path: Path | None) -> Non
     click.echo(f"run directory: {run.path}")
     if report_path:
         click.echo(f"report: {report_path}")
+
+
+def _scores(result: Mapping[str, Any], split: str) -> list[str]:
+    """Returns what else is known of a split: perplexity, BLEU."""
+    names = [name.removeprefix(f"{split}_") for name in result if name.startswith(f"{split}_")]
+    known = ("accuracy", "loss")
+    return [f"{split} {name}: {result[f'{split}_{name}']:.4g}" for name in names if name not in known]

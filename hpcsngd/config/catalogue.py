@@ -45,15 +45,17 @@ TEXT_MODELS: dict[str, str] = {
     "lstm-lm": "LSTM language model",
     "gru-lm": "GRU language model",
     "transformer-lm": "causal Transformer encoder as language model",
+    "encoder": "BERT, DistilBERT, RoBERTa, ... of the library transformers, from the folder data.tokenizer",
 }
 
-# models that are for one task only; the others are for classification
-MODEL_TASKS: dict[str, str] = {
-    "unet": "segmentation",
-    "transformer": "translation",
-    "lstm-lm": "language_modelling",
-    "gru-lm": "language_modelling",
-    "transformer-lm": "language_modelling",
+# what models are for; the others are for classification alone
+MODEL_TASKS: dict[str, tuple[str, ...]] = {
+    "unet": ("segmentation",),
+    "transformer": ("translation",),
+    "lstm-lm": ("language_modelling",),
+    "gru-lm": ("language_modelling",),
+    "transformer-lm": ("language_modelling",),
+    "encoder": ("classification", "regression", "question_answering"),
 }
 
 # text model -> the sizes that --smoke gives it
@@ -62,9 +64,21 @@ SMALL_ARGS: dict[str, dict[str, Any]] = {
     "lstm-lm": {"width": 8, "hidden": 8},
     "gru-lm": {"width": 8, "hidden": 8},
     "transformer-lm": {"width": 16, "inner": 16, "heads": 2, "layers": 1},
+    # its sizes are those of the folder it comes from
+    "encoder": {},
 }
 
-Task = Literal["classification", "segmentation", "translation", "language_modelling"]
+# name of the folder with the encoder that --smoke takes
+SMALL_ENCODER = "tiny-bert"
+
+Task = Literal[
+    "classification",
+    "segmentation",
+    "translation",
+    "language_modelling",
+    "regression",
+    "question_answering",
+]
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,40 @@ def _tokens(name: str, folders: tuple[str, ...], description: str, extension: st
     )
 
 
+def _glue(
+    folder: str, description: str, *, dev: tuple[str, ...] = ("dev.tsv",), task: Task = "classification"
+) -> DatasetFacts:
+    """Returns the facts of a task of GLUE, as its archive unpacks."""
+    folders = tuple(f"{parent}{folder}" for parent in ("", "glue/", "GLUE/", "glue_data/"))
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=tuple(f"{place}/train.tsv" for place in folders),
+        folders=folders,
+        files=("train.tsv", *dev),
+        get=f"unpack GLUE's {folder} below the data root, which makes <data root>/{folder}/train.tsv",
+        task=task,
+        kind="text",
+        evaluated="validation",
+    )
+
+
+def _squad(version: str, description: str) -> DatasetFacts:
+    files = tuple(f"{part}-{version}.json" for part in ("train", "dev"))
+    folders = (f"squad-{version}", "squad", "SQuAD")
+    return DatasetFacts(
+        description,
+        needs_root=True,
+        probes=(*(f"{folder}/{files[0]}" for folder in folders), files[0]),
+        folders=folders,
+        files=files,
+        get=f"put {' and '.join(files)} into <data root>/squad",
+        task="question_answering",
+        kind="text",
+        evaluated="validation",
+    )
+
+
 DATASETS: dict[str, DatasetFacts] = {
     "digits": DatasetFacts("1,797 real 8x8 handwritten digits that come with scikit-learn"),
     "mnist": _idx(
@@ -266,4 +314,21 @@ DATASETS: dict[str, DatasetFacts] = {
         "tokens",
         "unpack wikitext-103-v1.zip below the data root, or, file by file",
     ),
+    "cola": _glue("CoLA", "GLUE: is a sentence grammatical; 8,551 + 1,043 sentences"),
+    "sst2": _glue("SST-2", "GLUE: is a review positive; 67,349 + 872 sentences"),
+    "mrpc": _glue("MRPC", "GLUE: do two sentences say the same; 3,668 + 408 pairs"),
+    "qqp": _glue("QQP", "GLUE: do two questions ask the same; 363,846 + 40,430 pairs"),
+    "stsb": _glue(
+        "STS-B", "GLUE: how alike are two sentences, 0 to 5; 5,749 + 1,500 pairs", task="regression"
+    ),
+    "mnli": _glue(
+        "MNLI",
+        "GLUE: does one sentence entail another; 392,702 + 9,815 matched + 9,832 mismatched pairs",
+        dev=("dev_matched.tsv", "dev_mismatched.tsv"),
+    ),
+    "qnli": _glue("QNLI", "GLUE: does a sentence answer a question; 104,743 + 5,463 pairs"),
+    "rte": _glue("RTE", "GLUE: does one sentence entail another; 2,490 + 277 pairs"),
+    "wnli": _glue("WNLI", "GLUE: who does a pronoun stand for; 635 + 71 pairs"),
+    "squad": _squad("v1.1", "SQuAD v1.1: 87,599 + 10,570 questions on paragraphs of Wikipedia"),
+    "squadv2": _squad("v2.0", "SQuAD v2: 130,319 + 11,873 questions, of which some have no answer"),
 }

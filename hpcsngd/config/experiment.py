@@ -174,6 +174,13 @@ class Data(Strict):
     """Sentence pairs, multi30k only; null: the defaults."""
     stream: Stream | None = None
     """A long text, ptb and wikitext only; null: the defaults."""
+    tokenizer: str | None = None
+    """Folder with an encoder and its tokenizer, as the library transformers saves them: absolute, or below
+    the data root (bert-base-uncased); GLUE and SQuAD need one."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Tokens that samples are cut and padded to; default: 128 for GLUE, 384 for SQuAD."""
+    doc_stride: int | None = Field(default=None, ge=0)
+    """Tokens that neighboring windows of a paragraph share, SQuAD only; default: 128."""
 
     @field_validator("name")
     @classmethod
@@ -187,6 +194,13 @@ class Data(Strict):
     def _fits_the_data_set(self) -> Data:
         facts = DATASETS[self.name]
         is_folder, is_segmentation = self.name == "imagenet", facts.task == "segmentation"
+        needs_tokenizer = facts.kind == "text" and facts.task in MODEL_TASKS["encoder"]
+        if needs_tokenizer and self.tokenizer is None:
+            raise ValueError(
+                f"data set {self.name} needs tokenizer: the folder of an encoder, as bert-base-uncased"
+            )
+        if self.stage is not None and self.tokenizer is not None and not self.tokenizer.startswith("/"):
+            raise ValueError("with stage, tokenizer must be an absolute path: only the data set is copied")
         is_memory = facts.kind == "images" and not is_folder
         rules = {
             "size": (self.size is not None, facts.resizes),
@@ -204,6 +218,9 @@ class Data(Strict):
             "stage": (self.stage is not None, facts.needs_root),
             "translation": (self.translation is not None, facts.task == "translation"),
             "stream": (self.stream is not None, facts.task == "language_modelling"),
+            "tokenizer": (self.tokenizer is not None, needs_tokenizer),
+            "max_length": (self.max_length is not None, needs_tokenizer),
+            "doc_stride": (self.doc_stride is not None, facts.task == "question_answering"),
         }
         wrong = [key for key, (given, allowed) in rules.items() if given and not allowed]
         if wrong:
@@ -663,9 +680,9 @@ class Schedule(Strict):
 class Loss(Strict):
     """The training loss."""
 
-    name: Literal["cross_entropy", "dice"] = "cross_entropy"
+    name: Literal["cross_entropy", "dice", "mse"] = "cross_entropy"
     """Cross-entropy, the mean over the samples of the whole global batch; or one minus the Dice coefficient
-    of a micro-batch's pixels, the mean over micro-batches by their size."""
+    of a micro-batch's pixels, the mean over micro-batches by their size; or the squared error of a number."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all classes, in training; cross_entropy only."""
     average: Literal["samples", "tokens", "none"] = "samples"
@@ -676,8 +693,8 @@ class Loss(Strict):
 
     @model_validator(mode="after")
     def _smoothing_fits(self) -> Loss:
-        if self.label_smoothing and self.name == "dice":
-            raise ValueError("label_smoothing belongs to cross_entropy, not dice")
+        if self.label_smoothing and self.name != "cross_entropy":
+            raise ValueError(f"label_smoothing belongs to cross_entropy, not {self.name}")
         return self
 
 
@@ -785,7 +802,8 @@ class Experiment(Strict):
     published: list[Published] = Field(default_factory=list)
     """Headline results that this experiment should be held against."""
     task: Task = "classification"
-    """What is learned: a class for each sample, a mask, a translation, or the next word of a text."""
+    """What is learned: a class or a number for each sample, a mask, a translation, the next word of a text,
+    or the answer to a question."""
     strategy: Literal["ddp", "full_batch", "parameter_server"] = "ddp"
     """How ranks work together: all alike on a batch per step, or on the whole training set; or one server and
     workers."""
@@ -803,6 +821,9 @@ class Experiment(Strict):
     """Micro-batches per optimizer step."""
     epochs: int = Field(ge=1)
     """Passes over the training set."""
+    train_limit_s: float | None = Field(default=None, gt=0)
+    """Seconds of training (train_s) after which a run ends with an evaluation, for comparisons at equal time;
+    null: all epochs, which are equal samples for every strategy."""
     optimizer: Optimizer
     """The base optimizer."""
     preconditioner: Preconditioner | None = None
@@ -847,11 +868,12 @@ class Experiment(Strict):
         if facts.task != self.task:
             raise ValueError(f"data set {self.data.name} is not for task {self.task}")
         is_text_model = self.model.name in TEXT_MODELS
-        if MODEL_TASKS.get(self.model.name, "classification") != self.task or is_text_model != (
+        if self.task not in MODEL_TASKS.get(self.model.name, ("classification",)) or is_text_model != (
             facts.kind == "text"
         ):
             raise ValueError(f"model {self.model.name} is not for task {self.task} on {facts.kind}")
-        if (self.task == "segmentation") != (self.loss.name == "dice"):
+        expected = {"segmentation": "dice", "regression": "mse"}.get(self.task, "cross_entropy")
+        if self.loss.name != expected:
             raise ValueError(f"loss {self.loss.name} is not for task {self.task}")
         return self
 
@@ -860,12 +882,16 @@ class Experiment(Strict):
         is_text = DATASETS[self.data.name].kind == "text"
         if self.loss.average != "samples" and not is_text:
             raise ValueError(f"loss.average: {self.loss.average} is for text")
+        if self.loss.average != "samples" and self.model.name == "encoder":
+            raise ValueError(f"loss.average: {self.loss.average} is for targets that are words")
+        if self.loss.label_smoothing and self.task == "question_answering":
+            raise ValueError("loss.label_smoothing is not for task question_answering")
         if is_text and (self.strategy == "full_batch" or isinstance(self.optimizer, LBFGS)):
             raise ValueError("strategy full_batch and optimizer lbfgs: not for data of text")
         if getattr(self.preconditioner, "fisher", "empirical") == "empirical":
             return self
-        if self.task == "segmentation":
-            raise ValueError("fisher: empirical is the only one for task segmentation")
+        if self.task in ("segmentation", "question_answering"):
+            raise ValueError(f"fisher: empirical is the only one for task {self.task}")
         if self.task == "translation" and self.loss.average == "tokens":
             raise ValueError("fisher: mc and type-2 of sentences need loss.average samples or none")
         return self
@@ -885,10 +911,8 @@ class Experiment(Strict):
         }
         if wrong := [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"{'; '.join(wrong)}: not for strategy parameter_server")
-        if (
-            self.task != "classification"
-            and "labels" in (self.parameter_server or ParameterServer()).partition
-        ):
+        settings = self.parameter_server or ParameterServer()
+        if self.task != "classification" and "labels" in settings.partition:
             raise ValueError(f"partition by labels: not for task {self.task}")
         return self
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hpcsngd.config.catalogue import DATASETS, SMALL_ARGS, TORCHVISION_PREFIX
-from hpcsngd.config.experiment import GGT, KFAC, MFAC, DampingSteps, Data, Experiment, HyLo, Muon
+from hpcsngd.config.catalogue import DATASETS, SMALL_ARGS, SMALL_ENCODER, TORCHVISION_PREFIX
+from hpcsngd.config.experiment import GGT, KFAC, LBFGS, MFAC, DampingSteps, Data, Experiment, HyLo, Muon
 from hpcsngd.config.resolve import Override, Resolved, amend
 
 ORIGIN = "--smoke"
@@ -112,6 +112,11 @@ def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
     if not facts.needs_root:
         return
     yield from {"data.root": root, "data.download": False, "data.stage": None}.items()
+    if data.tokenizer is not None:
+        # two windows for most paragraphs
+        yield from {"data.tokenizer": SMALL_ENCODER, "data.max_length": _PIXELS}.items()
+    if facts.task == "question_answering":
+        yield "data.doc_stride", LENGTH
     if facts.resizes:
         yield "data.size", _PIXELS
     if data.eval_size is not None:
@@ -124,6 +129,10 @@ def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
 
 
 def _optimizer(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    if isinstance(experiment.optimizer, LBFGS):
+        yield "optimizer.iterations", min(experiment.optimizer.iterations, _PERIOD)
+        if experiment.optimizer.line_search == "strong_wolfe":
+            return  # a search that begins with a tiny step takes many evaluations to widen it
     # batches this small would make the real rates diverge
     yield "optimizer.lr", min(experiment.optimizer.lr, _LR)
     if isinstance(experiment.optimizer, Muon):

@@ -233,6 +233,11 @@ def _data(resolved: Resolved, host: Host) -> Iterator[str]:
         yield f"data set {data.name} is not below {root} {where}: {facts.get}"
     elif missing := _partial(facts, root, host):
         yield f"data set {data.name}: {missing} {where}"
+    if data.tokenizer and not host.exists(f"{(folder := Path(root, data.tokenizer))}/config.json"):
+        yield (
+            f"experiment data.tokenizer: no encoder in {folder} {where}: put config.json, "
+            "model.safetensors and the tokenizer's files there, as the library transformers saves them"
+        )
 
 
 def _partial(facts: DatasetFacts, root: str, host: Host) -> str:

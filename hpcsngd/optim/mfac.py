@@ -33,7 +33,6 @@ Target = Literal["sent", "gradient"]
 #: What helps while a sparse window fills; see `MFAC`.
 Early = Literal["none", "gradient", "error", "dense"]
 
-
 #: A factor is kept for windows of more blocks than this.
 _FEW_BLOCKS = 8
 

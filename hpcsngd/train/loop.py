@@ -146,6 +146,7 @@ class Trainer:
         self._recorder, self._checkpoints, self._stop_request = recorder, checkpoints, stop_request
         self.progress, self._pulse = progress, pulse
         self._saved_step = progress.step
+        self._is_time_over = self._has_used_its_time()
         self._stopwatch = Stopwatch(config.diagnostics.profiling)
 
     def run(self) -> bool:
@@ -156,11 +157,11 @@ class Trainer:
         """
         total = self._config.epochs * self._sampler.steps_per_epoch
         is_stopped = False
-        while self.progress.step < total and not is_stopped:
+        while self.progress.step < total and not (is_stopped or self._is_time_over):
             is_stopped = self._run_epoch()
         if self._saved_step != self.progress.step:
             self._save()
-        return self.progress.step == total
+        return self.progress.step == total or self._is_time_over
 
     def _run_epoch(self) -> bool:
         """Trains to the end of the epoch; returns whether a stop request came."""
@@ -174,9 +175,10 @@ class Trainer:
             is_stopped = self._step(position)
             devices.wait_for(self._parts.device)
             self.progress.train_s += time.perf_counter() - started
-            self._after_step(is_end_of_epoch=position + 1 == self._sampler.steps_per_epoch)
-            if is_stopped:
-                return True
+            is_end = self._is_time_over or position + 1 == self._sampler.steps_per_epoch
+            self._after_step(is_end_of_epoch=is_end)
+            if is_stopped or self._is_time_over:
+                return is_stopped
         return False
 
     def _step(self, position: int) -> bool:
@@ -189,7 +191,9 @@ class Trainer:
         own_loss = sums[0] / scales.divisor
         self._pulse.at("reduce")
         sums[2] = self._sees_stop_request()
-        loss, score, stops = dist.all_reduce_sum(sums).tolist()
+        # the clock of rank 0 counts, before this step
+        sums[3] = dist.rank() == 0 and self._has_used_its_time()
+        loss, score, stops, over = dist.all_reduce_sum(sums).tolist()
         targets = self._sampler.targets_in(position)
         if not (math.isfinite(loss) or self._stepping.can_recover):
             raise NotFiniteError(
@@ -201,14 +205,15 @@ class Trainer:
         self._pulse.at("between steps", self.progress.step)
         self.progress.row.add(loss, score, targets)
         self.progress.epoch.add(loss, score, targets)
+        self._is_time_over = over > 0
         return bool(stops > 0)
 
     def _pass(self, batches: Iterator[Batch], count: int, divisor: int) -> Tensor:
-        """Leaves the averaged gradient of micro-batches; returns sums of loss and score, and a zero."""
+        """Leaves the averaged gradient of micro-batches; returns sums of loss and score, and two zeros."""
         parts = self._parts
         for optimizer in parts.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=parts.device)
         for index in range(count):
             self._pulse.at("data")
             with self._stopwatch.phase("data"):
@@ -309,7 +314,7 @@ class Trainer:
     def _evaluate(self) -> None:
         parts, progress = self._parts, self.progress
         parts.strategy.join_buffers()
-        is_last = progress.step == self._config.epochs * self._sampler.steps_per_epoch
+        is_last = self._is_time_over or progress.step == self._config.epochs * self._sampler.steps_per_epoch
         for place, held in enumerate(self._held):
             started = time.perf_counter()
             found = self._over(held, is_last=is_last)
@@ -368,6 +373,9 @@ class Trainer:
         self._checkpoints.save(step, common, own)
         self._saved_step = step
         self._pulse.saved(time.monotonic() - started)
+
+    def _has_used_its_time(self) -> bool:
+        return self.progress.train_s >= (self._config.train_limit_s or math.inf)
 
     def _sees_stop_request(self) -> bool:
         self._pulse.boundary()

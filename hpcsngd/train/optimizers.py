@@ -204,7 +204,7 @@ def build_preconditioner(
 
 def _kfac_loss(loss: schema.Loss) -> dict[str, str]:
     """Returns K-FAC's argument ``loss``; none for Dice: its only Fisher matrix, the empirical, reads none."""
-    return {"loss": loss.name} if loss.name == "cross_entropy" else {}
+    return {"loss": loss.name} if loss.name != "dice" else {}
 
 
 def _fields(config: Strict) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def train(
         if dist.rank() == 0:
             wall = {"wall_s": recorder.wall_s}
             if is_finished:
-                facts = result(config, progress, parts.model, splits.evaluated) | wall
+                facts = (
+                    result(config, progress, parts.model, splits.evaluated, sampler.steps_per_epoch) | wall
+                )
                 rundir.write_yaml(run.attempt(attempt).finished_yaml, facts)
             else:
                 rundir.write_yaml(run.attempt(attempt).stopped_yaml, {"step": progress.step, **wall})
@@ -280,14 +282,17 @@ def evaluation_batches(
     return data.loader(samples, sampler, workers=workers, pin=device.type == "cuda")
 
 
-def result(config: Experiment, progress: Progress, model: nn.Module, evaluated: str) -> dict[str, Any]:
+def result(
+    config: Experiment, progress: Progress, model: nn.Module, evaluated: str, steps_per_epoch: int
+) -> dict[str, Any]:
     """Returns what ``finished.yaml`` says of a run's training."""
     return {
         f"{evaluated}_accuracy": progress.test.accuracy,
         f"{evaluated}_loss": progress.test.mean_loss,
         f"best_{evaluated}_accuracy": progress.best_test_accuracy,
         **progress.scores,
-        "epochs": config.epochs,
+        # with a time limit, perhaps in the midst of one
+        "epochs": config.epochs if config.train_limit_s is None else progress.step / steps_per_epoch,
         "steps": progress.step,
         "train_s": progress.train_s,
         "parameters": models.parameter_count(model),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcsngd import dist
+from hpcsngd.config.catalogue import DATASETS as CATALOGUE
 from hpcsngd.config.experiment import Experiment
 from hpcsngd.train import losses, volume_dice
 from hpcsngd.train.data.samples import Samples
@@ -187,7 +188,7 @@ def _segmentation(config: Experiment, classes: int, samples: Samples) -> Task:
     return Segmentation(config.loss.smooth, samples.groups)
 
 
-#: By the names of experiments; tasks on text have theirs in `hpcsngd.train.text.tasks`.
+#: By the names of experiments, for images; tasks on text have theirs in `hpcsngd.train.text.tasks`.
 TASKS: dict[str, Callable[[Experiment, int, Samples], Task]] = {
     "classification": _classification,
     "segmentation": _segmentation,
@@ -202,7 +203,7 @@ def build(config: Experiment, classes: int, samples: Samples) -> Task:
         classes: outputs of the model.
         samples: the set.
     """
-    if config.task in TASKS:
+    if CATALOGUE[config.data.name].kind == "images":
         return TASKS[config.task](config, classes, samples)
     # not above: it imports this module
     from hpcsngd.train.text.tasks import TASKS as TEXT_TASKS

@@ -2,7 +2,7 @@
 
 Each has 48 samples to train and 16 to evaluate, of noise that is brighter for higher classes. Names, keys,
 types and layouts are those of the real archives; the same call always writes the same bytes. Needs no torch,
-except for stored features.
+except for stored features and encoders.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from hpcsngd.train.text import tiny as tinytext
 
 TRAIN, TEST = 48, 16
 
@@ -231,4 +233,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "ptb": partial(_write_tokens, "ptb", "ptb", "txt"),
     "wikitext2": partial(_write_tokens, "wikitext-2", "wiki", "tokens"),
     "wikitext103": partial(_write_tokens, "wikitext-103", "wiki", "tokens"),
+    **{name: partial(tinytext.glue, name, counts=(TRAIN, TEST)) for name in tinytext.GLUE},
+    "squad": partial(tinytext.squad, "v1.1", counts=(TRAIN, TEST)),
+    "squadv2": partial(tinytext.squad, "v2.0", counts=(TRAIN, TEST)),
 }

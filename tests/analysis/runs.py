@@ -138,14 +138,16 @@ def _settings(ranks: int) -> dict[str, Any]:
 
 
 def _progress(rng: np.random.Generator, level: float) -> dict[str, list[dict[str, Any]]]:
-    train, evaluation = [], []
+    train, evaluation, scores = [], [], []
     for step in range(1, 21):
         part = 1 - np.exp(-step / 6) + 0.01 * rng.standard_normal()
         row_ = clocked(1, step, 2.0 * step, 2.5 * step, 1.0, epoch=step / 5, loss=float(2.3 - 2 * part))
         train.append({**row_, "samples": 64 * step, "accuracy": level * float(part), "lr": 0.1})
         if step % 5 == 0:
             evaluation.append({**row_, "split": "test", "accuracy": level * float(part), "eval_s": 1.0})
-    return {"train": train, "eval": evaluation}
+            score = {"split": "test", "metric": "perplexity", "value": float(np.exp(row_["loss"]))}
+            scores.append({"step": step, "epoch": step / 5, **score})
+    return {"train": train, "eval": evaluation, "scores": scores}
 
 
 def _phases(rank: int) -> list[dict[str, Any]]:

@@ -254,3 +254,23 @@ def test_samples_between_two_rows_grow_with_steps(tmp_path: Path) -> None:
     found = figures.samples_at(tables["train"], tables["eval"])
     assert found[tables["eval"]["run"] == "run"].tolist() == [960.0]
     assert found[tables["eval"]["run"] == "bare"].isna().all()
+
+
+def test_scores_are_drawn_by_run_and_split(tmp_path: Path) -> None:
+    def rows(metric: str, split: str, *values: float) -> list[dict[str, object]]:
+        return [
+            {"epoch": float(epoch), "step": epoch, "split": split, "metric": metric, "value": value}
+            for epoch, value in enumerate(values, start=1)
+        ]
+
+    scores = [*rows("perplexity", "validation", 900.0, 90.0, 9.0), *rows("perplexity", "test", 80.0, 8.0)]
+    make_run(tmp_path, tables={"scores": [*scores, *rows("bleu", "test", 30.0)]})
+    runs = load([tmp_path], ["scores"])
+    data = figures.score_curves(runs, "perplexity")
+    assert line(data, "run", "validation").x.tolist() == [1.0, 2.0, 3.0]
+    assert line(data, "run", "validation").y.tolist() == [900.0, 90.0, 9.0]
+    assert line(data, "run", "test").y.tolist() == [80.0, 8.0]
+    assert data.y_title == "perplexity (log scale)"
+    drawing = figure(data, runs)
+    assert "perplexity %{y:.4~g}" in trace(drawing, 0, "test").hovertemplate
+    assert [curve.y.tolist() for curve in figures.score_curves(runs, "bleu").lines] == [[30.0]]

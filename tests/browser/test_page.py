@@ -13,7 +13,8 @@ from hpcsngd.rundir import Status
 from hpcsngd_analysis import report, sections
 from hpcsngd_analysis.export import export
 from tests.analysis.runs import make_run, rich_runs
-from tests.browser.conftest import LAPTOP, Look, View
+from tests.browser.conftest import Look
+from tests.browser.view import LAPTOP, View
 
 pytestmark = pytest.mark.browser
 

@@ -91,6 +91,12 @@ def test_images_and_their_growth_shrink() -> None:
     assert small("unet-hylo").experiment.data.validation_patients == 1
 
 
+def test_encoders_and_windows_shrink() -> None:
+    data = small("squad-bert-adamw").experiment.data
+    assert (data.root, data.tokenizer, data.max_length, data.doc_stride) == ("/tiny", "tiny-bert", 32, 8)
+    assert small("mnli-bert-adamw").experiment.data.doc_stride is None
+
+
 def test_expressions_follow_the_two_ranks() -> None:
     resolved = small("resnet32-hylo")
     assert resolved.experiment.schedule.warmup_start == 0.5

@@ -162,6 +162,23 @@ def test_an_image_of_another_architecture_is_refused(configure: Configure, host:
     assert "the image is built for aarch64, the nodes are x86_64" in text
 
 
+def test_a_missing_encoder_is_refused(configure: Configure, host: Host) -> None:
+    asked = {
+        "data__name": "rte",
+        "data__tokenizer": "bert-base-uncased",
+        "model__name": "encoder",
+        "model__args": {},
+        "preconditioner": None,
+    }
+    found = {"/data/RTE/train.tsv", "/data/RTE/dev.tsv"}
+    without = dataclasses.replace(host, exists=found.__contains__)
+    text = refusal(configure, without, changed(data_root="/data"), **asked)
+    assert "experiment data.tokenizer: no encoder in /data/bert-base-uncased (site.data_root, " in text
+    complete = found | {"/data/bert-base-uncased/config.json"}
+    present = dataclasses.replace(host, exists=complete.__contains__)
+    assert plan.make(configure(changed(data_root="/data"), **asked), host=present).nodes == 1
+
+
 def test_missing_data_are_refused_with_the_way_to_get_them(configure: Configure, host: Host) -> None:
     bare = dataclasses.replace(host, exists=lambda path: False)
     text = refusal(configure, bare, changed(data_root="/data"), data__name="fashion-mnist")

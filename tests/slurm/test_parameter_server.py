@@ -28,13 +28,15 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("slur
 
 STEPS = 32
 #: Every step takes long enough to be hit; what is learned is the same.
-DELAY = {"mean_ms": 300.0, "kind": "constant"}
+DELAY = {"mean_ms": 1000.0, "kind": "constant"}
+#: Worker 2 waits until it is killed, whatever the speed of the machine.
+STUCK = {"mean_ms": 150000.0, "kind": "constant", "all_workers": False, "slow_worker": 2}
 
 
 def configured(configure: Configure, launch_mode: str, **section: Any) -> Resolved:
     """Returns a server and two workers, a rank on each node, for 32 steps of 32 samples."""
     overrides = {
-        "parameter_server": {**section, "delay": DELAY},
+        "parameter_server": section,
         "data.train_limit": 512,
         "data.test_limit": 128,
         "batch_size": 32 if section["mode"] == "async" else 16,
@@ -64,9 +66,13 @@ def wait_until(is_true: Callable[[], object], run: RunDir) -> None:
 
 def test_a_worker_that_is_killed_on_its_node_is_survived(configure: Configure) -> None:
     """srun ends a step whose task fails; the lost worker's agent does not."""
-    run = submit.submit(configured(configure, "per_rank", mode="async"), argv=["test"]).run
-    wait_until(lambda: len(updates(run)) >= 4, run)
-    beat = lifeline.read_beat(run.attempt(1).heartbeats, "rank2")
+    run = submit.submit(configured(configure, "per_rank", mode="async", delay=STUCK), argv=["test"]).run
+
+    def worker() -> lifeline.Beat | None:
+        return lifeline.read_beat(run.attempt(1).heartbeats, "rank2")
+
+    wait_until(lambda: (beat := worker()) is not None and beat.phase == "compute", run)
+    beat = worker()
     assert beat is not None
     os.kill(beat.pid, signal.SIGKILL)
     ended = submit.wait(run, poll_s=0.5)
@@ -81,7 +87,7 @@ def test_a_worker_that_is_killed_on_its_node_is_survived(configure: Configure) -
 def test_a_run_that_is_put_back_ends_as_if_it_had_not_been(
     slurm_cluster: SlurmCluster, configure: Configure
 ) -> None:
-    resolved = configured(configure, "torchrun", mode="sync")
+    resolved = configured(configure, "torchrun", mode="sync", delay=DELAY)
     submitted = submit.submit(resolved, argv=["test"])
     run = submitted.run
     wait_until(lambda: len(updates(run)) >= 6, run)
@@ -91,7 +97,9 @@ def test_a_run_that_is_put_back_ends_as_if_it_had_not_been(
     assert 3 <= int(rundir.read_yaml(run.attempt(1).stopped_yaml)["step"]) < STEPS
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each rank has; sums may depend on it
-    undisturbed = rundir.create(run.path.parent, "undisturbed", {"config": run.record()["config"]})
+    config = run.record()["config"]
+    config["experiment"]["parameter_server"]["delay"] = None
+    undisturbed = rundir.create(run.path.parent, "undisturbed", {"config": config})
     try:
         assert train(undisturbed, workers=2)
     finally:

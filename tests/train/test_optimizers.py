@@ -116,6 +116,7 @@ def normalized_net() -> nn.Module:
         ([], set()),
         (["BatchNorm2d"], {"1.weight", "1.bias"}),
         (["BatchNorm2d", "^3$"], {"1.weight", "1.bias", "3.weight", "3.bias"}),
+        (["BatchNorm2d", "bias$"], {"0.bias", "1.weight", "1.bias", "3.bias"}),
     ],
 )
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])

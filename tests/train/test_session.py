@@ -129,6 +129,19 @@ def test_a_stop_request_file_ends_the_run_with_a_checkpoint(tmp_path: Path) -> N
     assert train(run, attempt=2)
 
 
+def test_a_time_limit_ends_a_run_with_an_evaluation(tmp_path: Path) -> None:
+    run = make_run(tmp_path, train_limit_s=1e-9)
+    assert train(run)
+    # the first step uses up the time, the second one notices
+    assert [row["step"] for row in rows(run, "train")] == [2]
+    assert [row["step"] for row in rows(run, "eval")] == [2]
+    result = finished(run)
+    assert (result["steps"], result["epochs"]) == (2, 2 / 13)
+    assert run.newest_checkpoint() == "step_2"
+    assert train(run, attempt=2)
+    assert finished(run, 2)["steps"] == 2
+
+
 def test_a_finished_run_only_repeats_its_result(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert train(run)

@@ -27,6 +27,7 @@ class Builder:
 
 BUILDERS: tuple[Builder, ...] = (
     Builder("curves", "Curves", progress.curves, ("train", "eval"), "training"),
+    Builder("scores", "Scores", progress.scores, ("scores",), "tasks on text"),
     Builder("means", "Means over seeds", progress.means, ("train", "eval"), "two runs that differ in seed"),
     Builder("target", "Time to target", comparison.target, ("eval",), "--target ACCURACY"),
     Builder(

@@ -33,6 +33,19 @@ def curves(context: Context) -> Section | None:
     return Section("curves", "Curves", panels=tuple(panels), note=note)
 
 
+def scores(context: Context) -> Section | None:
+    """Returns the curves of what else evaluations say: perplexity, BLEU; None without any."""
+    table = context.table("scores")
+    if context.is_crowded or table.empty:
+        return None
+    panels = []
+    for metric in table["metric"].unique():
+        drawing = figures.figure(figures.score_curves(context.runs, str(metric)), context.runs)
+        panels.append(Panel(f"score-{metric}", f"{metric} against epoch", drawing))
+    note = f"Of whole splits, each sample once. {POINTS_NOTE}"
+    return Section("scores", "Scores", panels=tuple(panels), note=note)
+
+
 def means(context: Context) -> Section | None:
     """Returns the means of groups with bootstrap intervals; None where no group has two runs."""
     if all(len(group.runs) < 2 for group in context.groups) and not context.is_crowded:

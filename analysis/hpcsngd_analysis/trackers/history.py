@@ -22,9 +22,7 @@ _PLACES = {"attempt", "step", "rank", "utc"}
 #: Once per run and class, not a curve.
 _NOT_CURVES = {"confusion", "landscape_path"}
 
-CURVES = tuple(
-    name for name, table in TABLES.items() if "step" in table.key and name not in _NOT_CURVES
-)  # fmt: skip
+CURVES = tuple(name for name, table in TABLES.items() if "step" in table.key and name not in _NOT_CURVES)
 """The tables that are exported."""
 
 COLUMNS = ("step", "tag", "value", "time")

@@ -52,6 +52,18 @@ def _token_files(root: Path | None, config: schema.Data) -> Splits:
     return token_files(root, config)
 
 
+def _glue(root: Path | None, config: schema.Data) -> Splits:
+    from hpcsngd.train.text.datasets import load_glue
+
+    return load_glue(root, config)
+
+
+def _squad(root: Path | None, config: schema.Data) -> Splits:
+    from hpcsngd.train.text.datasets import load_squad
+
+    return load_squad(root, config)
+
+
 DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "digits": digits,
     "mnist": mnist,
@@ -67,6 +79,8 @@ DATASETS: dict[str, Callable[[Path | None, schema.Data], Splits]] = {
     "ptb": _token_files,
     "wikitext2": _token_files,
     "wikitext103": _token_files,
+    **dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"), _glue),
+    **dict.fromkeys(("squad", "squadv2"), _squad),
 }
 
 

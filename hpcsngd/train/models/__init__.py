@@ -16,6 +16,7 @@ from hpcsngd.train.faults import SettingError
 from hpcsngd.train.models import resnet, vgg
 from hpcsngd.train.models.blurpool import add_blurpool
 from hpcsngd.train.models.densenet import densenet
+from hpcsngd.train.models.encoder import encoder
 from hpcsngd.train.models.language import recurrent_lm, transformer_lm
 from hpcsngd.train.models.mobilenet import mobilenetv2
 from hpcsngd.train.models.small import cnn1, cnn2, conv3_linear, digits_cnn, lenet5, lenet5_tanh, linear
@@ -56,6 +57,7 @@ TEXT_MODELS: dict[str, Callable[..., nn.Module]] = {
     "lstm-lm": partial(recurrent_lm, "lstm"),
     "gru-lm": partial(recurrent_lm, "gru"),
     "transformer-lm": transformer_lm,
+    "encoder": encoder,
 }
 
 

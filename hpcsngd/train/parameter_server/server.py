@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ class Updates:
         self._progress, self._pulse = progress, pulse
         self.recorder: Recorder | None = None
         self.leg_began: float | None = None
+        self._clock = threading.Lock()
 
     def before(self, samples: int) -> None:
         """Clips the gradients and sets the learning rate."""
@@ -131,16 +133,22 @@ class Updates:
         self.recorder.staleness(progress.step, update.parts)
         is_end = progress.step % self._steps_per_epoch == 0
         if is_end or progress.step % self._config.diagnostics.log_every == 0:
+            self.write_row()
+
+    def write_row(self) -> None:
+        """Writes a row of train.csv, if there was an update since the last one."""
+        if self.recorder is not None and self._progress.row.count:
             self.pass_time()
-            self.recorder.train(progress, self._served.optimizers[0].param_groups[0]["lr"])
-            progress.row = Sums()
+            self.recorder.train(self._progress, self._served.optimizers[0].param_groups[0]["lr"])
+            self._progress.row = Sums()
 
     def pass_time(self) -> None:
         """Adds the time since the last call, or since the leg began, to the training time."""
-        if self.leg_began is not None:
-            now = time.perf_counter()
-            self._progress.train_s += now - self.leg_began
-            self.leg_began = now
+        with self._clock:
+            if self.leg_began is not None:
+                now = time.perf_counter()
+                self._progress.train_s += now - self.leg_began
+                self.leg_began = now
 
 
 class Server:
@@ -261,16 +269,21 @@ class Server:
         return self._position.lost
 
     def _legs(self) -> bool:
-        total = self._config.epochs * self._steps_per_epoch
         is_stopped = False
-        while self.progress.step < total and not is_stopped:
+        while not self._is_complete and not is_stopped:
             leg, rest = self._next_leg()
             is_stopped = self._run_leg(leg)
             self._position.left = [*self._engine.remaining(), *rest]
             self._at_boundary()
         if self._saved_step != self.progress.step:
             self._save()
-        return self.progress.step == total
+        return self._is_complete
+
+    @property
+    def _is_complete(self) -> bool:
+        """Returns whether all epochs are done, or the time for them is over."""
+        is_over = self.progress.train_s >= (self._config.train_limit_s or math.inf)
+        return is_over or self.progress.step == self._config.epochs * self._steps_per_epoch
 
     def _next_leg(self) -> tuple[list[int], list[int]]:
         """Returns the steps up to the next boundary, and those of the epoch after it."""
@@ -287,10 +300,10 @@ class Server:
         self._engine.open(steps)
         while not self._engine.is_idle(LOOK_S):
             self._mind_workers()
-            if not is_stopped and self._sees_stop_request():
-                is_stopped = True
-                if self._may_hold:
-                    self._engine.hold()
+            self._updates.pass_time()
+            is_stopped = is_stopped or self._sees_stop_request()
+            if (is_stopped and self._may_hold) or self._is_complete:
+                self._engine.hold()
         self._updates.pass_time()
         self._updates.leg_began = None
         return is_stopped or self._sees_stop_request()
@@ -316,7 +329,8 @@ class Server:
     def _at_boundary(self) -> None:
         progress, rule = self.progress, self._config.checkpoint
         is_due = rule.every_steps is not None and progress.step % rule.every_steps == 0
-        if progress.step % self._steps_per_epoch == 0:
+        if progress.step % self._steps_per_epoch == 0 or self._is_complete:
+            self._updates.write_row()
             self._evaluate()
             progress.epoch = Sums()
             epoch = progress.step // self._steps_per_epoch
@@ -331,8 +345,7 @@ class Server:
         seconds = time.perf_counter() - started
         self._recorder.evaluation(progress, self._split, evaluated.sums, evaluated.scores, seconds)
         self._recorder.dice(progress.step, evaluated.patients)
-        is_last = progress.step == self._config.epochs * self._steps_per_epoch
-        if is_last and evaluated.confusion is not None:
+        if self._is_complete and evaluated.confusion is not None:
             self._recorder.confusion(progress.step, self._split, evaluated.confusion)
         log.info(
             "epoch %d/%d: loss %.4f, accuracy %.4f; evaluation %.4f, %.4f; %.1f s trained",

@@ -31,7 +31,7 @@ from hpcsngd.train.parameter_server.server import Position, Served, Server, Upda
 from hpcsngd.train.parameter_server.work import Ledger, caps
 from hpcsngd.train.parameter_server.worker import Orders, Worker
 from hpcsngd.train.pulse import Pulse
-from hpcsngd.train.sampler import EvaluationSampler, ShardedSampler
+from hpcsngd.train.sampler import ShardedSampler
 from hpcsngd.train.stopping import StopRequest
 from hpcsngd.train.tasks import Evaluated
 
@@ -129,12 +129,14 @@ class Built:
         recorder: that it writes with.
         served: what is trained.
         evaluated: which data evaluations use.
+        steps_per_epoch: updates per epoch.
     """
 
     server: Server
     recorder: Recorder
     served: Served
     evaluated: str
+    steps_per_epoch: int
 
 
 def build_server(job: Job, stop_request: StopRequest) -> Built:
@@ -198,7 +200,7 @@ def build_server(job: Job, stop_request: StopRequest) -> Built:
         may_hold=logged is None,
         lost_after_s=settings.lost_after_s,
     )
-    return Built(server, recorder, served, splits.evaluated)
+    return Built(server, recorder, served, splits.evaluated, size)
 
 
 def build_worker(job: Job, number: int, link: Link) -> Worker:
@@ -255,7 +257,9 @@ def serve(job: Job, built: Built) -> bool:
         wall = {"wall_s": recorder.wall_s}
         if is_finished:
             lost = {"lost_workers": server.lost} if server.lost else {}
-            facts = session.result(job.config, server.progress, built.served.model, built.evaluated)
+            facts = session.result(
+                job.config, server.progress, built.served.model, built.evaluated, built.steps_per_epoch
+            )
             rundir.write_yaml(files.finished_yaml, {**facts, **wall, **lost})
         else:
             rundir.write_yaml(files.stopped_yaml, {"step": server.progress.step, **wall})
@@ -365,9 +369,7 @@ def _check_fits(common: Mapping[str, object], order: ShardedSampler, workers: li
 def _evaluator(job: Job, splits: data.Splits, model: nn.Module) -> Callable[[], Evaluated]:
     config = job.config
     task = tasks.build(config, splits.num_classes, splits.test)
-    size, groups = config.eval_batch_size or config.batch_size, list(splits.test.groups.values())
-    sampler = EvaluationSampler(len(splits.test), size, groups=groups)
-    batches = data.loader(splits.test, sampler, workers=0, pin=job.device.type == "cuda")
+    batches = session.evaluation_batches(splits.test, config, job.device, workers=0)
 
     def evaluate() -> Evaluated:
         return loop.evaluate(

@@ -27,6 +27,8 @@ def transformers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     library = _load("transformers")
     library.utils.logging.disable_progress_bar()
+    # a new head over known weights is no news, and weights that are missing are an error of ours
+    library.utils.logging.set_verbosity_error()
     return library
 
 

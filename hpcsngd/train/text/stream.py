@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -121,12 +123,18 @@ def token_files(root: Path | None, config: schema.Data) -> Splits:
     return Splits(train, valid, len(vocabulary), "validation", {"test": test})
 
 
-def _tokens(file: Path) -> list[str]:
-    return [token for line in read_lines(file) for token in (*line.split(), END_OF_LINE)]
+def _tokens(file: Path) -> Iterator[str]:
+    for line in read_lines(file):
+        yield from line.split()
+        yield END_OF_LINE
 
 
 def _encode(file: Path, vocabulary: Vocabulary) -> Tensor:
+    # four bytes a token: as Python's numbers those of WikiText-103 would be gigabytes
+    numbers = array("i")
     try:
-        return torch.tensor(vocabulary.encode(_tokens(file)), dtype=torch.int32)
+        for line in read_lines(file):
+            numbers.extend(vocabulary.encode((*line.split(), END_OF_LINE)))
     except KeyError as error:
         raise MissingDataError(f"{file}: the training text has no word {error}, and no {UNKNOWN}") from error
+    return torch.tensor(numbers, dtype=torch.int32)

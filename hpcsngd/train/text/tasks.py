@@ -20,6 +20,7 @@ from hpcsngd.train.metrics import Sums
 from hpcsngd.train.models.transformer import Transformer
 from hpcsngd.train.tasks import Evaluated, Evaluation, Task
 from hpcsngd.train.text import beam
+from hpcsngd.train.text.encoder_tasks import TASKS as ENCODER_TASKS
 from hpcsngd.train.text.pairs import Pairs
 from hpcsngd.train.text.vocabulary import END, START
 
@@ -204,4 +205,5 @@ def translation(config: Experiment, classes: int, samples: Samples) -> Task:
 TASKS: dict[str, Callable[[Experiment, int, Samples], Task]] = {
     "language_modelling": language_modelling,
     "translation": translation,
+    **ENCODER_TASKS,
 }

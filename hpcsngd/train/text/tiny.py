@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpcsngd.config.catalogue import SMALL_ENCODER
 from hpcsngd.train.text import hub
-
-#: Folder of the encoder, beside the data.
-ENCODER = "tiny-bert"
 
 _THINGS = ("cat", "dog", "house", "river", "train", "garden", "letter", "window")
 _COLORS = ("red", "green", "blue", "white")
@@ -23,15 +21,17 @@ _MARKS = ".,?!\"'-"
 
 
 def encoder(root: Path) -> None:
-    """Writes a BERT of two narrow layers with drawn weights and a WordPiece vocabulary.
+    """Writes a BERT of two narrow layers with drawn weights and a WordPiece vocabulary, unless it is there.
 
     Args:
         root: the data root.
     """
     import torch
 
-    library, folder = hub.transformers(), root / ENCODER
-    folder.mkdir(parents=True, exist_ok=True)
+    library, folder = hub.transformers(), root / SMALL_ENCODER
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_MARKS, *letters]
     vocabulary += [f"##{letter}" for letter in letters] + [word for word in _WORDS if len(word) > 1]
@@ -53,13 +53,14 @@ def encoder(root: Path) -> None:
 
 
 def glue(name: str, root: Path, counts: tuple[int, int]) -> None:
-    """Writes the files of a GLUE task.
+    """Writes the files of a GLUE task, and the encoder.
 
     Args:
         name: of the data set.
         root: the data root.
         counts: examples to train and to evaluate.
     """
+    encoder(root)
     folder, columns, files, labels = GLUE[name]
     (root / folder).mkdir(parents=True, exist_ok=True)
     for file, count in zip(files, (counts[0], *[counts[1]] * (len(files) - 1)), strict=True):
@@ -129,13 +130,14 @@ GLUE: dict[str, _Facts] = {
 
 
 def squad(version: str, root: Path, counts: tuple[int, int]) -> None:
-    """Writes the files of SQuAD.
+    """Writes the files of SQuAD, and the encoder.
 
     Args:
         version: ``v1.1`` or ``v2.0``, of whose questions every third has no answer.
         root: the data root.
         counts: questions to train and to evaluate.
     """
+    encoder(root)
     folder = root / f"squad-{version}"
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in zip(("train", "dev"), counts, strict=True):

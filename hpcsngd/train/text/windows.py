@@ -7,7 +7,7 @@ ends, in tokens; if the answer is not all in it, or there is none, both are the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -123,18 +123,26 @@ class Windows(Encoded):
         self,
         encoder: Path,
         questions: Sequence[Question],
-        windows: Sequence[Window],
+        windows: Iterable[Window],
         *,
         length: int,
         padding: int,
     ) -> None:
-        targets = torch.tensor([window.target(questions[window.question]) for window in windows])
-        tokens = Tokens.joined((window.ids, window.types) for window in windows)
-        super().__init__(encoder, tokens, targets, length=length, padding=padding)
+        facts: list[tuple[int, int, tuple[int, int], Tensor]] = []
+
+        def parts() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+            # one window at a time: as Python's numbers, all of SQuAD would take gigabytes on each rank
+            for window in windows:
+                target = window.target(questions[window.question])
+                spans = torch.tensor(window.spans, dtype=torch.int32)
+                facts.append((window.question, window.null, target, spans))
+                yield window.ids, window.types
+
+        tokens = Tokens.joined(parts())
+        numbers, nulls, targets, spans = zip(*facts, strict=True)
+        super().__init__(encoder, tokens, torch.tensor(targets), length=length, padding=padding)
         self.questions = questions
-        self._question = torch.tensor([window.question for window in windows])
-        self._nulls = torch.tensor([window.null for window in windows])
-        spans = [torch.tensor(window.spans, dtype=torch.int32) for window in windows]
+        self._question, self._nulls = torch.tensor(numbers), torch.tensor(nulls)
         self._spans = torch.cat(spans)
 
     @property

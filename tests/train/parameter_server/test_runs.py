@@ -239,6 +239,20 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, section: str, workers: i
         train(served(tmp_path, section), workers=workers)
 
 
+@pytest.mark.parametrize("section", ["{delay: {mean_ms: 5}}", "{mode: sync, delay: {mean_ms: 5}}"])
+def test_a_time_limit_ends_a_run_wherever_it_is(tmp_path: Path, section: str) -> None:
+    run = served(tmp_path, section, epochs=100000, train_limit_s=0.5)
+    assert train(run, workers=2)
+    result, last = finished(run), rows(run, "train")[-1]
+    assert result["train_s"] >= 0.5
+    assert last["step"] == result["steps"] == rows(run, "eval")[-1]["step"] < 100000
+    assert result["epochs"] == last["epoch"]
+    assert run.newest_checkpoint() == f"step_{result['steps']}"
+    # nothing is left to do
+    assert train(run, 2, workers=2)
+    assert finished(run, 2)["steps"] == result["steps"]
+
+
 def test_a_replay_of_another_size_is_refused(tmp_path: Path) -> None:
     run = served(tmp_path, epochs=1)
     assert train(run, workers=2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hpcsngd.config.catalogue import SMALL_ENCODER
 from hpcsngd.train.text import hub, tiny
 
 
@@ -24,4 +25,4 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def tokenizer(root: Path) -> Any:
-    return hub.tokenizer(root / tiny.ENCODER)
+    return hub.tokenizer(root / SMALL_ENCODER)

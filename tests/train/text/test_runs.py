@@ -15,6 +15,7 @@ from hpcsngd.rundir import RunDir
 from hpcsngd.tables import TABLES
 from hpcsngd.train import carried, loop, session, tinydata
 from hpcsngd.train.faults import SettingError
+from hpcsngd.train.text.vocabulary import CACHE
 from tests.ranks import run_on_ranks
 from tests.train import runs
 
@@ -195,6 +196,9 @@ def test_two_ranks_are_one(tmp_path: Path, root: Path, experiment: str) -> None:
     half = {"lm": 4, "translation": 6}["lm" if experiment is LM else "translation"]
     shared = make_run(tmp_path, root, experiment, batch_size=half, **{"decoding.every_epochs": 1})
     assert runs.train(alone)
+    caches = list(root.glob(f"*/{CACHE}/*"))
+    for file in caches:
+        file.unlink()
     run_on_ranks(train_on_ranks, 2, str(shared.path))
     for table in ("train", "eval", "scores"):
         mine, theirs = runs.rows(alone, table), runs.rows(shared, table)
@@ -204,6 +208,10 @@ def test_two_ranks_are_one(tmp_path: Path, root: Path, experiment: str) -> None:
             for name, value in row.items():
                 close = value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
                 assert other[name] == close, name
+    # the ranks have made the vocabularies that one of them needs, once and whole
+    made = list(root.glob(f"*/{CACHE}/*"))
+    assert 0 < len(made) <= len(caches)
+    assert {file.name for file in made} <= {file.name for file in caches}
 
 
 def train_on_ranks(path: str) -> None:
