@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from hpcsngd.config.catalogue import DATASETS, SMALL_ARGS, SMALL_ENCODER, TORCHVISION_PREFIX
-from hpcsngd.config.experiment import GGT, KFAC, MFAC, DampingSteps, Data, Experiment, HyLo, Muon
+from hpcsngd.config.experiment import GGT, KFAC, LBFGS, MFAC, DampingSteps, Data, Experiment, HyLo, Muon
 from hpcsngd.config.resolve import Override, Resolved, amend
 
 ORIGIN = "--smoke"
@@ -129,6 +129,10 @@ def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
 
 
 def _optimizer(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    if isinstance(experiment.optimizer, LBFGS):
+        yield "optimizer.iterations", min(experiment.optimizer.iterations, _PERIOD)
+        if experiment.optimizer.line_search == "strong_wolfe":
+            return  # a search that begins with a tiny step takes many evaluations to widen it
     # batches this small would make the real rates diverge
     yield "optimizer.lr", min(experiment.optimizer.lr, _LR)
     if isinstance(experiment.optimizer, Muon):
