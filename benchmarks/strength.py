@@ -99,10 +99,10 @@ class Subject:
         self.model.zero_grad()
         preconditioner.set_progress(epoch, 1.0)
         try:
-            samples = self._backward(0, preconditioner)
+            scale = self._backward(0, preconditioner)
             covered = _covered(self.model, preconditioner.skipped)
             plain = dict(self._gradients(covered))
-            preconditioner.step(sample_scale=float(samples))
+            preconditioner.step(sample_scale=scale)
             used = float(preconditioner.diagnostics().damping)
             found = dict(self._gradients(covered))
         finally:
@@ -118,18 +118,26 @@ class Subject:
         known = {key: value for key, value in changes.items() if key in type(method).model_fields}
         return self._config.model_copy(update={"preconditioner": method.model_copy(update=known)})
 
-    def _backward(self, number: int, preconditioner: optim.Preconditioner | None) -> int:
-        """Leaves the gradients of a batch; returns its size."""
+    def _backward(self, number: int, preconditioner: optim.Preconditioner | None) -> float:
+        """Leaves the gradients of a batch; returns what makes them those of each sample's own loss."""
         size = min(self._config.batch_size, len(self._order))
         chosen = self._order.roll(-number * size)[:size].tolist()
         *inputs, targets = self._train[data.Wanted(chosen, 0)]
+        divisor, scale = self._scales(chosen)
         if preconditioner is not None:
-            preconditioner.begin_step(float(size), 1)
+            preconditioner.begin_step(scale, 1)
         outputs = self.model(*inputs)
         if preconditioner is not None:
             preconditioner.before_backward(self._task.curvature_outputs(outputs, targets))
-        (self._task.loss(outputs, targets) / size).backward()  # type: ignore[no-untyped-call]
-        return size
+        (self._task.loss(outputs, targets) / divisor).backward()  # type: ignore[no-untyped-call]
+        return scale
+
+    def _scales(self, chosen: Sequence[int]) -> tuple[int, float]:
+        """Returns what the sum of losses is divided by, as in training, and what `_backward` returns."""
+        if self._config.loss.average == "none":
+            return 1, 1.0
+        counts = self._train.targets if self._config.loss.average == "tokens" else None
+        return len(chosen) if counts is None else sum(counts[index] for index in chosen), float(len(chosen))
 
     def _gradients(self, covered: set[str]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():

@@ -327,7 +327,6 @@ class Nested(nn.Module):
         ([nn.modules.conv._ConvNd], {"body.0", "body.1.inner", "head"}),
         ([nn.Conv1d, "ConvTranspose1d", "head"], {"body.0", "body.1.inner"}),
     ],
-    ids=str,
 )
 def test_skip_by_name_class_and_name_of_a_class(skip: list[str | type[nn.Module]], left: set[str]) -> None:
     model = Nested()

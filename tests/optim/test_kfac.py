@@ -182,7 +182,6 @@ def refreshes(steps: int, **options: Any) -> tuple[list[int], list[int], KFAC]:
         (lambda step: 1 if step < 3 else 3, lambda step: 0 if step > 4 else 2, [0, 1, 2, 5], [0, 2, 4]),
         (lambda step: 0 if step < 2 else 2, 1, [2, 4, 6], [2, 3, 4, 5, 6]),
     ],
-    ids=str,
 )
 def test_intervals(factor_every: Any, inverse_every: Any, updated: list[int], inverted: list[int]) -> None:
     found = refreshes(7, factor_every=factor_every, inverse_every=inverse_every)

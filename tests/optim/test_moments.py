@@ -15,7 +15,8 @@ from hpcsngd.optim.kfac_matrix import input_moment
 from hpcsngd.optim.layers import Layer
 from hpcsngd.optim.moments import Axis, Method, gram, patch_moment, shifts_are_faster
 from hpcsngd.optim.positions import Geometry
-from tests.optim.test_positions import geometries, random, seeds, unfolded
+from tests.optim.test_boxsums import seeds
+from tests.optim.test_positions import geometries, random, unfolded
 
 # Sums of at most some thousand products of numbers around 1: float64 leaves 1e-12.
 TOLERANCE = 1e-10
