@@ -18,7 +18,8 @@ from hpcsngd.optim.threads import one_thread_each, runs_alone
 def eigh_each(factors: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor] | None]:
     """Returns eigenvectors ``(blocks, d, d)`` and eigenvalues ``(blocks, d)``, not negative, of every factor.
 
-    A diagonal has no eigenvectors. None stands for a factor that is not finite or did not converge.
+    A diagonal has no eigenvectors. A factor that did not converge in single precision is decomposed in double
+    precision; None stands for one that is not finite or did not converge even so.
     """
     return _by_size(factors, _eigh_batch, lambda diagonal: (None, diagonal.clamp(min=0)))
 
@@ -63,10 +64,15 @@ def _eigh_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
     try:
         values, vectors = _eigh(matrices)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        if len(counts) == 1:
+        if len(counts) > 1:
+            # Somebody in the batch fails: find out who, the others go on.
+            return [_eigh_batch(part, [len(part)])[0] for part in torch.split(matrices, list(counts))]
+        if matrices.dtype == torch.float64:
             return [None]
-        # Somebody in the batch fails: find out who, the others go on.
-        return [_eigh_batch(part, [len(part)])[0] for part in torch.split(matrices, list(counts))]
+        # LAPACK may not get on with many equal eigenvalues in single precision, such as the zeros of inputs
+        # that are padding only (a 3 x 3 convolution of one pixel).
+        found = _eigh_batch(matrices.double(), counts)[0]
+        return [found and tuple(part.to(matrices.dtype) for part in found)]
     # Eigenvalues carry NaN and infinity of any entry.
     good = _all_of_each(values.isfinite().all(1), counts)
     parts = zip(
