@@ -5,8 +5,6 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # pytest options for `make test`, such as: make test T="-k resume -x"
 T      ?=
-# processes that test at the same time; many tests wait more than they compute
-J      ?= 3
 
 .PHONY: help venv system demo figures test check lint bench clean
 .DEFAULT_GOAL := help
@@ -45,7 +43,7 @@ figures: venv ## the papers' figures from runs in runs/, after making runs of di
 	  --out figures/$$(basename $$spec .yaml).html || echo "$$spec: no runs for it here"; done
 
 test: venv system ## every test, including those on a real Slurm
-	$(BIN)/python -m pytest -n $(J) --dist loadgroup $(T)
+	$(BIN)/python -m pytest $(T)
 
 check: lint ## formatting, linters, types, import rules, fast tests: before every commit
 	$(BIN)/python -m pytest -m "not dist and not slurm and not slow and not gpu and not apptainer and not browser" $(T)

@@ -52,7 +52,10 @@ def budgets(context: Context) -> Section | None:
     for clock, budget in known.items():
         verdicts = _verdicts(context, budget, baseline)
         title = f"At {_amount(budget)}"
-        rows = tuple(_row(budget, group, verdicts.get(group.name)) for group in context.groups)
+        rows = tuple(
+            _row(budget, group) | (_against(verdicts.get(group.name)) if baseline else {})
+            for group in context.groups
+        )
         columns = (*_COLUMNS, *(_AGAINST if baseline else ()))
         grids.append(Grid(f"budget-{clock}", title, columns, rows))
         panels += _panels(budget, verdicts, baseline)
@@ -67,19 +70,23 @@ def _verdicts(context: Context, budget: Budget, baseline: Group | None) -> dict[
     return {group.name: compare_at(budget, context.runs, group.runs, baseline.runs) for group in others}
 
 
-def _row(budget: Budget, group: Group, verdict: Verdict | None) -> Mapping[str, object]:
+def _row(budget: Budget, group: Group) -> dict[str, object]:
     values = budget.accuracy.reindex(list(group.runs)).dropna().tolist()
-    row: dict[str, object] = {"group": group.name, "n": len(values)}
     mean = stats.mean_interval(values) if values else stats.Interval(math.nan, math.nan, math.nan, 0)
-    row |= {name: _or_none(getattr(mean, name)) for name in ("mean", "low", "high")}
-    if verdict is not None:
-        row |= {
-            "difference": _or_none(verdict.estimate),
-            "difference_low": _or_none(verdict.low),
-            "difference_high": _or_none(verdict.high),
-            "verdict": verdict.word,
-        }
-    return row
+    numbers = {name: _or_none(getattr(mean, name)) for name in ("mean", "low", "high")}
+    return {"group": group.name, "n": len(values), **numbers}
+
+
+def _against(verdict: Verdict | None) -> dict[str, object]:
+    """Returns the cells that compare with the baseline; empty ones for the baseline itself."""
+    if verdict is None:
+        return {"difference": None, "difference_low": None, "difference_high": None, "verdict": "baseline"}
+    return {
+        "difference": _or_none(verdict.estimate),
+        "difference_low": _or_none(verdict.low),
+        "difference_high": _or_none(verdict.high),
+        "verdict": verdict.word,
+    }
 
 
 def _panels(budget: Budget, verdicts: Mapping[str, Verdict], baseline: Group | None) -> Iterator[Panel]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 from hpcsngd import dist
 from hpcsngd.train import worker
@@ -16,11 +15,11 @@ HANG_RANK = int(os.environ.get("HANG_RANK", "-1"))
 _step = Trainer._step
 
 
-def slow_step(self: Trainer, batches: Any, position: int) -> bool:
+def slow_step(self: Trainer, position: int) -> bool:
     time.sleep(STEP_S)
     if dist.rank() == HANG_RANK and self.progress.step == 3:
         time.sleep(600)
-    return _step(self, batches, position)
+    return _step(self, position)
 
 
 if __name__ == "__main__":
