@@ -38,6 +38,7 @@ figures: venv ## the papers' figures from runs in runs/, after making runs of di
 	  --set preconditioner.ratio=0.25 $(MICROSCOPE)
 	@for ranks in 1 4; do $(FIGURE_RUNS) --exp digits-kfac --ranks-per-node $$ranks --matrix seed=1 \
 	  --set batch_size=$$((64 / $$ranks)) || exit; done
+	@$(BIN)/hpcsngd submit --site local --wait --run-root runs/figures --exp digits-async --matrix seed=1,2
 	@$(BIN)/hpcsngd landscape runs/figures/digits-hylo-sweep-*/0000-* --points 25
 	@for spec in analysis/reports/*.yaml; do $(BIN)/hpcsngd report runs/figures/* --spec $$spec \
 	  --out figures/$$(basename $$spec .yaml).html || echo "$$spec: no runs for it here"; done

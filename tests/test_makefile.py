@@ -37,7 +37,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 
 def test_every_submission_can_be_planned(commands: list[list[str]]) -> None:
     submissions = [words for words in commands if words[0] == "submit"]
-    assert len(submissions) == 6
+    assert len(submissions) == 7
     for words in submissions:
         planned = [*(word for word in words if word != "--wait"), "--dry-run"]
         result = CliRunner().invoke(cli, planned)
