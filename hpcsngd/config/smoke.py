@@ -107,6 +107,11 @@ def _data(data: Data, root: str) -> Iterator[tuple[str, Any]]:
         yield "data.stream.length", LENGTH
     else:
         yield from ((f"data.{limit}", count) for limit, count in SAMPLES.items())
+    if data.folds is not None:
+        # so few samples make two folds, and still a step of the two ranks
+        yield "data.train_limit", SAMPLES["train_limit"] + SAMPLES["test_limit"]
+        yield "data.folds.count", 2
+        yield "data.folds.index", min(data.folds.index, 1)
     if facts.task == "translation":
         yield "data.translation.min_count", 1
     if not facts.needs_root:
