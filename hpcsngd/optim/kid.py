@@ -22,17 +22,25 @@ in the formulas: it sharpens F inside the span, where KID is accurate already.
 
 Source: HyLo (Mu et al., SC 2022), section on KID. Deviations: there, rows are ordered by their norms and QR
 is not pivoted; here the kernel's pivoted Cholesky chooses them, which also bounds T on nearly equal samples.
+
+Precision. What remains of a kernel after a few pivots is a difference of large numbers, whose rounding enters
+F by its square root; so T and G are computed in float64 whatever the rows are. Pivots need less: from rows in
+single precision they are chosen in single precision, and only the r rows of K that T needs are computed
+again: ``n^2 d`` multiplications in single and ``r n d`` in double precision rather than ``n^2 d`` in double.
+Where a pivot does not stand clear of single precision's rounding, the layer is done in double precision
+altogether.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hpcsngd.optim.linalg import jittered_cholesky, pivoted_cholesky_batch
+from hpcsngd.optim.linalg import jittered_cholesky, jittered_cholesky_each, pivoted_cholesky_batch
+from hpcsngd.optim.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,85 @@ class Interpolation:
     def to(self, like: Tensor) -> Interpolation:
         """Returns it in the dtype of ``like``."""
         return Interpolation(self.kept, self.mixing.to(like), self.left_out.to(like))
+
+
+def interpolate_rows(
+    rows: Sequence[Rows], ranks: Sequence[int], *, samples: Sequence[int], damping: float, residual: bool
+) -> list[Interpolation | None]:
+    """Returns the interpolative decomposition of every layer's rows, float64.
+
+    Args:
+        rows: of each layer.
+        ranks: how many samples to keep of each at most.
+        samples: as for `interpolate_each`, and what follows too.
+        damping: see there.
+        residual: see there; with it the whole kernel is needed in double precision.
+    """
+    found: dict[int, Interpolation] = {}
+    if not residual:
+        found = _screened(
+            {
+                index: (each, rank)
+                for index, (each, rank) in enumerate(zip(rows, ranks, strict=True))
+                if each.tensors[0].dtype == torch.float32 and 0 < 2 * rank <= len(each)
+            }
+        )
+    left = [index for index in range(len(rows)) if index not in found]
+    whole = interpolate_each(
+        [rows[index].double().gram() for index in left],
+        [ranks[index] for index in left],
+        samples=[samples[index] for index in left],
+        damping=damping,
+        residual=residual,
+    )
+    every = {**dict(zip(left, whole, strict=True)), **found}
+    return [every[index] for index in range(len(rows))]
+
+
+def _screened(layers: Mapping[int, tuple[Rows, int]]) -> dict[int, Interpolation]:
+    """Returns interpolations whose pivots single precision can tell; other layers are missing.
+
+    Args:
+        layers: rows in single precision and the rank of each.
+    """
+    found: dict[int, Interpolation] = {}
+    sizes = {index: (len(each), rank, each.tensors[0].device) for index, (each, rank) in layers.items()}
+    for rank, members in _alike(sizes):
+        pivots, _, counts = pivoted_cholesky_batch(
+            torch.stack([layers[index][0].gram() for index in members]), rank
+        )
+        clear = [position for position, count in enumerate(counts) if count == rank]
+        if clear:
+            kept = pivots[clear].sort(1).values
+            found.update(_by_rows({members[p]: layers[members[p]][0] for p in clear}, kept))
+    return found
+
+
+def _by_rows(rows: Mapping[int, Rows], kept: Tensor) -> dict[int, Interpolation]:
+    """Returns interpolations from the kernels' rows of the samples kept.
+
+    Args:
+        rows: of layers with equally many samples.
+        kept: of each, ascending, shape ``(layers, r)``.
+    """
+    doubles = [each.double() for each in rows.values()]
+    chosen = torch.stack([each.take(index).products(each) for each, index in zip(doubles, kept, strict=True)])
+    index = kept[:, None, :].expand(-1, kept.shape[1], -1)
+    factors, info = torch.linalg.cholesky_ex(chosen.gather(2, index))
+    # P = [I T], its columns in the order of the samples
+    explained = torch.linalg.solve_triangular(factors, chosen, upper=False)
+    p = torch.linalg.solve_triangular(factors.mT, explained, upper=True)
+    lacking = torch.stack([each.scores() for each in doubles]) - explained.square().sum(1)
+    traces = lacking.scatter(1, kept, 0).sum(1).clamp_min(0)
+    mixing = jittered_cholesky_each((p @ p.mT).unbind())
+    succeeded: list[bool] = (info == 0).tolist()
+    return {
+        layer: Interpolation(index, factorized[0], trace)
+        for layer, index, factorized, trace, is_good in zip(
+            rows, kept, mixing, traces, succeeded, strict=True
+        )
+        if factorized is not None and is_good
+    }
 
 
 def interpolate_each(
@@ -74,10 +161,11 @@ def interpolate_each(
         residual: whether ``E`` enters G.
     """
     found: list[Interpolation | None] = [None] * len(kernels)
-    alike: dict[tuple[int, int, torch.device], list[int]] = {}
-    for index, (kernel, rank) in enumerate(zip(kernels, ranks, strict=True)):
-        alike.setdefault((len(kernel), rank, kernel.device), []).append(index)
-    for (_, rank, _), members in alike.items():
+    sizes = {
+        index: (len(kernel), rank, kernel.device)
+        for index, (kernel, rank) in enumerate(zip(kernels, ranks, strict=True))
+    }
+    for rank, members in _alike(sizes):
         stacked = torch.stack([kernels[index] for index in members])
         # A kernel that is not finite comes to nothing, without harm to its neighbours.
         # What is not finite stays so in a sum of absolute values.
@@ -91,6 +179,14 @@ def interpolate_each(
                 shift = (samples[index], damping) if residual else None
                 found[index] = _interpolation(kernels[index], *pair, shift)
     return found
+
+
+def _alike(sizes: Mapping[int, tuple[int, int, torch.device]]) -> list[tuple[int, list[int]]]:
+    """Returns the ranks and members of groups of equal size, rank and device, given these by index."""
+    groups: dict[tuple[int, int, torch.device], list[int]] = {}
+    for index, size in sizes.items():
+        groups.setdefault(size, []).append(index)
+    return [(rank, members) for (_, rank, _), members in groups.items()]
 
 
 def _interpolation(

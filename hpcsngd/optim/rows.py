@@ -67,8 +67,12 @@ class Rows(ABC):
         """Returns ``factors_i * U_i``, for one number or a tensor of shape ``(n,)``."""
 
     @abstractmethod
+    def products(self, others: Rows) -> Tensor:
+        """Returns ``<U_i, V_j>``, shape ``(n, len(others))``, for ``others`` of the same form and layer."""
+
     def gram(self) -> Tensor:
         """Returns ``K``, shape ``(n, n)``: the inner products of the samples' gradients."""
+        return self.products(self)
 
     @abstractmethod
     def scores(self) -> Tensor:
@@ -165,18 +169,21 @@ class FactoredRows(Rows):
         """See `Rows.scaled`."""
         return FactoredRows(self.a, self.g * _by_sample(factors, 4))
 
-    def gram(self) -> Tensor:
-        """See `Rows.gram`."""
-        if self.a.shape[1] == self.terms == 1:
-            a, g = self.a.flatten(1), self.g.flatten(1)
-            return (a @ a.T).mul_(g @ g.T)
-        kernel = self.a.new_zeros(len(self), len(self))
+    def products(self, others: Rows) -> Tensor:
+        """See `Rows.products`."""
+        a, g = others.tensors
+        if self.a.shape[1] == self.terms == others.terms == 1:
+            return (self.a.flatten(1) @ a.flatten(1).T).mul_(self.g.flatten(1) @ g.flatten(1).T)
+        found = self.a.new_zeros(len(self), len(others))
         # One group at a time: what is in memory is (n terms)^2, not that times the groups.
         for group in range(self.a.shape[1]):
-            a, g = self.a[:, group].flatten(0, 1), self.g[:, group].flatten(0, 1)
-            products = (a @ a.T).mul_(g @ g.T)
-            kernel += products.reshape(len(self), self.terms, len(self), self.terms).sum((1, 3))
-        return kernel
+            of_inputs, of_gradients = (
+                mine[:, group].flatten(0, 1) @ theirs[:, group].flatten(0, 1).T
+                for mine, theirs in ((self.a, a), (self.g, g))
+            )
+            products = of_inputs.mul_(of_gradients)
+            found += products.reshape(len(self), self.terms, len(others), others.terms).sum((1, 3))
+        return found
 
     def scores(self) -> Tensor:
         """See `Rows.scores`."""
@@ -249,10 +256,9 @@ class GradientRows(Rows):
         """See `Rows.scaled`."""
         return GradientRows(self.u * _by_sample(factors, 3))
 
-    def gram(self) -> Tensor:
-        """See `Rows.gram`."""
-        flat = self.u.flatten(1)
-        return flat @ flat.T
+    def products(self, others: Rows) -> Tensor:
+        """See `Rows.products`."""
+        return self.u.flatten(1) @ others.tensors[0].flatten(1).T
 
     def scores(self) -> Tensor:
         """See `Rows.scores`."""

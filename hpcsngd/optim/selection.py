@@ -51,16 +51,18 @@ class RankRule:
         """Returns whether nothing is ever left out."""
         return not self._given()
 
-    def rows(self, count: int, eigenvalues: Tensor) -> int:
+    def rows(self, count: int, eigenvalues: Tensor | None = None) -> int:
         """Returns how many of ``count`` samples to keep; 0 of 0.
 
         Args:
             count: samples there are.
-            eigenvalues: of their kernel, or what stands for them; read by ``share`` only.
+            eigenvalues: of their kernel, or what stands for them; needed, and read, by ``share`` only.
         """
         if self.low_rank is not None:
             return min(count, self.low_rank)
         if self.share is not None:
+            if eigenvalues is None:
+                raise ValueError(f"share={self.share}: the spectrum is needed to choose the rank")
             return min(count, max(1, spectrum_summary(eigenvalues, self.share)[0]))
         return rows_to_keep(count, self.ratio)
 

@@ -29,7 +29,7 @@ from hpcsngd.optim.calls import MisalignedError
 from hpcsngd.optim.communicate import Communicator
 from hpcsngd.optim.curvature import Sketch
 from hpcsngd.optim.gather import Block, Joined, Usable, agree, join_all, join_blocks, join_chosen, join_scores
-from hpcsngd.optim.kid import Interpolation, interpolate_each
+from hpcsngd.optim.kid import Interpolation, interpolate_each, interpolate_rows
 from hpcsngd.optim.placement import Placer
 from hpcsngd.optim.rows import Rows
 from hpcsngd.optim.selection import Draw, RankRule, apportion, draw_rows
@@ -161,26 +161,17 @@ class Compression:
             samples: N by layer.
             damping: of the refresh.
         """
-        # In float64 whatever the rows are: what remains after a few pivots is a difference of large numbers,
-        # and its rounding enters F by its square root.
-        kernels = {name: all_.double().gram() for name, all_ in rows.items()}
-        ranks = [keep[name] if name in keep else self._rank(kernel) for name, kernel in kernels.items()]
-        found = interpolate_each(
-            list(kernels.values()),
-            ranks,
-            samples=[samples[name] for name in kernels],
-            damping=damping,
-            residual=self.residual,
-        )
+        of_all = [samples[name] for name in rows]
+        if self.rule.share is not None:
+            kernels = [all_.double().gram() for all_ in rows.values()]
+            ranks = [_spectral_rank(self.rule, kernel) for kernel in kernels]
+            found = interpolate_each(kernels, ranks, samples=of_all, damping=damping, residual=self.residual)
+        else:
+            ranks = [keep.get(name, self.rule.rows(len(all_))) for name, all_ in rows.items()]
+            found = interpolate_rows(
+                list(rows.values()), ranks, samples=of_all, damping=damping, residual=self.residual
+            )
         return {name: each and each.to(rows[name].tensors[0]) for name, each in zip(rows, found, strict=True)}
-
-    def _rank(self, kernel: Tensor) -> int:
-        """Returns how many pivots the rule asks for; none of a kernel that is not finite."""
-        if self.rule.name != "share":
-            return self.rule.rows(len(kernel), kernel.diagonal())
-        return (
-            self.rule.rows(len(kernel), torch.linalg.eigvalsh(kernel)) if bool(kernel.isfinite().all()) else 0
-        )
 
     def _draw(self, layer: str, scores: Tensor, step: int) -> Draw:
         # KIS sees no kernel. Its diagonal stands for the spectrum: it has the same sum, and by majorization
@@ -239,6 +230,13 @@ class Compression:
                 kept = usable.rows[name].take(found.kept)
                 local[name] = Block(kept, found.mixing, found.left_out.reshape(1))
         return local
+
+
+def _spectral_rank(rule: RankRule, kernel: Tensor) -> int:
+    """Returns how many pivots a share of the spectrum asks for; none of a kernel that is not finite."""
+    if not bool(kernel.isfinite().all()):
+        return 0
+    return rule.rows(len(kernel), torch.linalg.eigvalsh(kernel))
 
 
 def _mean_left_out(trace: Tensor, kept: Rows, samples: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpcsngd.optim import HyLo
 from hpcsngd.optim.curvature import SampleCurvature, Sketch
+from hpcsngd.optim.kid import interpolate_each, interpolate_rows
 from hpcsngd.optim.linalg import pivoted_cholesky
 from hpcsngd.optim.rows import FactoredRows, Rows
 from hpcsngd.optim.selection import RankRule
@@ -267,3 +268,40 @@ def test_left_out_is_the_mean_of_the_residual_spectrum() -> None:
     expected = float(lacking.square().sum()) / 24 / (24 - 6)
     assert found.left_out == pytest.approx(expected, rel=1e-9)
     assert sketch(rows, 24).left_out == 0.0
+
+
+@given(seeds, st.integers(1, 16), st.sampled_from([0.0, 1.0]))
+@settings(deadline=None, max_examples=30)
+def test_pivots_in_single_precision_give_a_double_precision_result(
+    seed: int, rank: int, decay: float
+) -> None:
+    """For the samples that single precision chose, T and what is left out are those of double precision."""
+    rows, _ = problem(seed, 32, decay=decay)
+    single = rows.to(torch.zeros(1))
+    (found,) = interpolate_rows([single], [rank], samples=[32], damping=DAMPING, residual=False)
+    assert found is not None
+    assert len(found.kept) == rank
+    kernel = single.double().gram()
+    p = torch.linalg.solve(kernel[found.kept][:, found.kept], kernel[found.kept])
+    torch.testing.assert_close(found.mixing @ found.mixing.T, p @ p.T, rtol=1e-8, atol=1e-8)
+    lacking = kernel.trace() - (kernel[found.kept] * p).sum()
+    torch.testing.assert_close(found.left_out, lacking, rtol=1e-6, atol=1e-9 * float(kernel.trace()))
+    # Greedy as double precision would be: what is left out is as good as with its own pivots.
+    (own,) = interpolate_each([kernel], [rank], samples=[32], damping=DAMPING, residual=False)
+    assert own is not None
+    assert float(found.left_out) <= 1.2 * float(own.left_out) + 1e-9 * float(kernel.trace())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4])
+def test_what_single_precision_cannot_tell_is_done_in_double(spread: float) -> None:
+    """Three samples eight times, nearly: the fourth pivot is rounding in single precision only."""
+    base, noise = problem(1, 3)[0], problem(2, 24)[0]
+    a, g = (x.repeat(8, 1) + spread * y for x, y in zip(factors(base), factors(noise), strict=True))
+    rows = one_term(a.float(), g.float())
+    (found,) = interpolate_rows([rows], [8], samples=[24], damping=DAMPING, residual=False)
+    (whole,) = interpolate_each([rows.double().gram()], [8], samples=[24], damping=DAMPING, residual=False)
+    assert found is not None
+    assert whole is not None
+    assert torch.equal(found.kept, whole.kept)
+    assert torch.equal(found.mixing, whole.mixing)
+    assert len(found.kept) == (8 if spread else 3)

@@ -57,6 +57,7 @@ def test_products_are_those_of_the_matrices(form: Callable[[Rows], Rows], seed: 
     assert rows.entries == flat.shape[1]
     index = torch.tensor([len(u) - 1, 0])
     close(matrices(rows.take(index)), u[index])
+    close(rows.take(index).products(rows), flat[index] @ flat.T)
     assert rows.size_bytes == sum(t.numel() for t in rows.tensors) * 8
     assert bool(rows.is_finite())
     for bad in (float("inf"), -float("inf"), float("nan")):
