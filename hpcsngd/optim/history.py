@@ -12,15 +12,21 @@ entry, plus ``4 d``; low rank ``4 m rank (n_1 + n_2)`` per ``n_1 x n_2`` tensor.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-#: Entries of a sparse history that go through a product at once, which bounds its temporary memory: on a CPU
-#: few enough to stay in its caches (of 2^16 to 2^22 the fastest at m = 1024), on a GPU for few launches.
+#: Entries of a sparse history that are widened and go through a product at once, which bounds its temporary
+#: memory: on a CPU few enough to stay in its caches, on a GPU for few launches.
 CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 22
+#: Entries that a sparse matrix can count with its positions' own 32 bits.
+MOST_ENTRIES = 2**31 - 1
 
 
 class History(ABC):
@@ -96,6 +102,9 @@ class SparseHistory(History):
     Positions of 32 bits are absolute, those of 16 bits relative to the start of their block
     (`hpcsngd.optim.topk`): 8, 6 or, with bfloat16 values, 4 bytes per entry. EFCP's format takes 12.
 
+    G is a sparse matrix by rows as it is stored. On a CPU its products are those of MKL and SciPy, which read
+    every entry once and write nothing besides the result; elsewhere, and to compare with, plain torch's.
+
     Args:
         capacity: m, the number of slots.
         size: d.
@@ -103,6 +112,9 @@ class SparseHistory(History):
         value_dtype: of the values.
         is_short: whether positions have 16 bits.
         dtype: that products are computed in.
+
+    Attributes:
+        by_matrix: whether products are a sparse matrix's; on a CPU either way is possible.
     """
 
     def __init__(
@@ -123,6 +135,7 @@ class SparseHistory(History):
         self._values = torch.zeros(shape, dtype=value_dtype, device=device)
         index_dtype = torch.int16 if is_short else torch.int32
         self._positions = torch.zeros(shape, dtype=index_dtype, device=device)
+        self.by_matrix = device.type == "cpu"
 
     def write(self, slot: int, values: Tensor, positions: Tensor) -> None:
         """Stores the chosen entries of a gradient; positions are absolute."""
@@ -132,11 +145,8 @@ class SparseHistory(History):
 
     def products(self, vector: Tensor, count: int) -> Tensor:
         """Returns ``G x``."""
-        parts = [
-            vector.index_select(0, positions.view(-1)).view_as(values).mul_(values).sum(1)
-            for values, positions in self._chunks(count)
-        ]
-        return torch.cat(parts)
+        times = _matrix_products if self.by_matrix else _plain_products
+        return torch.cat([times(*chunk, vector) for chunk in self._chunks(count)])
 
     def inner(self, slot: int, count: int) -> Tensor:
         """Returns the products of one stored row with the others."""
@@ -144,13 +154,14 @@ class SparseHistory(History):
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Returns ``G^T c``."""
-        result = torch.zeros(self._size, dtype=self._dtype, device=self._values.device)
-        start = 0
+        combine = _matrix_combine if self.by_matrix else _plain_combine
+        result, start = None, 0
         for values, positions in self._chunks(len(coefficients)):
-            weights = coefficients[start : start + len(values)].to(result)
-            _scatter(result, positions.view(-1), (weights[:, None] * values).view(-1))
+            weights = coefficients[start : start + len(values)].to(values)
+            part = combine(values, positions, weights, self._size)
+            result = part if result is None else result.add_(part)
             start += len(values)
-        return result
+        return self._values.new_zeros(self._size, dtype=self._dtype) if result is None else result
 
     def row(self, slot: int) -> Tensor:
         """Returns one stored row as a dense vector."""
@@ -165,6 +176,8 @@ class SparseHistory(History):
     def _chunks(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields values and absolute positions of the first ``count`` rows, a few rows at a time."""
         entries = CPU_CHUNK if self._values.device.type == "cpu" else GPU_CHUNK
+        if self.by_matrix and not self._is_short and self._values.dtype == self._dtype:
+            entries = MOST_ENTRIES
         rows = max(1, entries // max(1, self._values.shape[1]))
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
@@ -174,13 +187,55 @@ class SparseHistory(History):
         return self._positions[rows] + self._offsets if self._is_short else self._positions[rows]
 
 
-def _scatter(result: Tensor, positions: Tensor, values: Tensor) -> None:
-    """Adds values to a vector at positions, of which several may be the same."""
-    if result.device.type == "cpu" and len(positions):
-        # half the time of index_add_ there; on a GPU its order, and so its rounding, would change
-        result.add_(torch.bincount(positions, values, len(result)))
-    else:
-        result.index_add_(0, positions, values)
+def _plain_products(values: Tensor, positions: Tensor, vector: Tensor) -> Tensor:
+    """Returns the products of sparse rows with a vector.
+
+    Args:
+        values: of the rows, ``(rows, k)``.
+        positions: of the values, int32, alike.
+        vector: ``(d,)``, of the values' dtype.
+    """
+    return vector.index_select(0, positions.view(-1)).view_as(values).mul_(values).sum(1)
+
+
+def _plain_combine(values: Tensor, positions: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Returns the sum of sparse rows, each times its weight, ``(size,)``; rows may share positions."""
+    result = values.new_zeros(size)
+    return result.index_add_(0, positions.view(-1), (weights[:, None] * values).view(-1))
+
+
+def _matrix_products(values: Tensor, positions: Tensor, vector: Tensor) -> Tensor:
+    """Returns `_plain_products`: by MKL on all threads where torch has it."""
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return torch.from_numpy(_scipy_matrix(values, positions, len(vector)) @ vector.numpy())
+    size = (len(values), len(vector))
+    starts = torch.from_numpy(_starts(values))
+    with warnings.catch_warnings():
+        # "in beta state"; tests compare it with plain torch
+        warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
+        matrix = torch.sparse_csr_tensor(
+            starts, positions.view(-1), values.view(-1), size, check_invariants=False
+        )
+    return matrix @ vector
+
+
+def _matrix_combine(values: Tensor, positions: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Returns `_plain_combine`: by SciPy, because torch would sort the entries of a transposed matrix."""
+    return torch.from_numpy(_scipy_matrix(values, positions, size).T @ weights.numpy())
+
+
+def _scipy_matrix(values: Tensor, positions: Tensor, size: int) -> Any:
+    """Returns sparse rows as a matrix ``(rows, size)`` over the same memory."""
+    from scipy.sparse import csr_matrix
+
+    parts = (values.view(-1).numpy(), positions.view(-1).numpy(), _starts(values))
+    return csr_matrix(parts, shape=(len(values), size))
+
+
+def _starts(values: Tensor) -> npt.NDArray[np.int32]:
+    """Returns where rows begin, and the end of the last one."""
+    rows, kept = values.shape
+    return kept * np.arange(rows + 1, dtype=np.int32)
 
 
 class LowRankHistory(History):

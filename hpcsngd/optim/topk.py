@@ -112,11 +112,14 @@ class BlockTopK:
         return rule, before
 
     def choose(self, vector: Tensor) -> Tensor:
-        """Returns the positions of the chosen entries, int64, shape ``(kept,)``, block by block."""
+        """Returns the positions of the chosen entries, int64, ascending, shape ``(kept,)``.
+
+        Ascending, because products over a window then go through memory in order.
+        """
         chosen = []
         for run in self.runs:
             blocks = vector[run.start : run.stop].abs().view(run.blocks, run.length)
-            inside = blocks.topk(run.keep, dim=1, sorted=False).indices
+            inside = blocks.topk(run.keep, dim=1, sorted=False).indices.sort(dim=1).values
             offsets = run.start + run.length * torch.arange(run.blocks, device=vector.device)
             chosen.append((inside + offsets[:, None]).reshape(-1))
         return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.int64, device=vector.device)

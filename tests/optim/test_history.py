@@ -78,7 +78,32 @@ def test_products_and_combinations_are_those_of_the_rows(
     monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
 ) -> None:
     monkeypatch.setattr(history, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(history, "MOST_ENTRIES", chunk)
     check(name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 18])
+@pytest.mark.parametrize("name", [name for name in HISTORIES if name.startswith("sparse")])
+def test_so_they_are_by_torch_alone(monkeypatch: pytest.MonkeyPatch, name: str, chunk: int) -> None:
+    """What a GPU does."""
+    monkeypatch.setattr(history, "CPU_CHUNK", chunk)
+    made = HISTORIES[name]
+
+    def by_torch(device: torch.device) -> History:
+        found = made(device)
+        assert isinstance(found, SparseHistory)
+        assert found.by_matrix
+        found.by_matrix = False
+        return found
+
+    monkeypatch.setitem(HISTORIES, name, by_torch)
+    check(name, torch.device("cpu"))
+
+
+def test_so_they_are_without_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on ppc64le and aarch64."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    check("sparse", torch.device("cpu"))
 
 
 @pytest.mark.gpu
