@@ -2,9 +2,9 @@
 
 Run: ``python -m benchmarks.async_study runs|table FOLDER``. ``runs`` trains the cells of the matrices that
 ``benchmarks/async_study.yaml`` names, seed by seed, and ``table`` compares each cell with the baseline of its
-matrix on the same seeds. Every cell is an ordinary run directory with the ordinary workers and their RPC.
-Only their start is not the launcher's: this process imports torch once and forks them, because on two cores
-the imports would take longer than the training. Cells that have completed are skipped when a command is
+matrix on the same seeds or folds. Every cell is an ordinary run directory with the ordinary workers and their
+RPC. Only their start is not the launcher's: this process imports torch once and forks them, because on two
+cores the imports would take longer than the training. Cells that have completed are skipped when a command is
 repeated.
 """
 
@@ -54,26 +54,34 @@ class Row:
 
     Attributes:
         study: the experiment.
-        label: its axes without the seed.
-        seed: its seed.
+        label: its axes without those that repeat it.
         resolved: its configuration.
     """
 
     study: str
     label: str
-    seed: int
     resolved: Resolved
+
+    @property
+    def replicate(self) -> tuple[int, int]:
+        """Returns seed and fold (0 without folds)."""
+        folds = self.resolved.experiment.data.folds
+        return self.resolved.experiment.seed, folds.index if folds else 0
+
+    @property
+    def folds(self) -> int:
+        """Returns the number of folds, 0 without."""
+        folds = self.resolved.experiment.data.folds
+        return folds.count if folds else 0
 
 
 def rows(study: Study) -> list[Row]:
-    """Returns all cells, seed by seed, so that a study that is cut short has whole seeds."""
+    """Returns all cells, seed by seed and fold by fold, so that a study cut short has whole replicates."""
     overrides = [Override(f"experiment.{key}", value, "the study") for key, value in study.every.items()]
     found = [
-        Row(name, _label(cell), cell.resolved.experiment.seed, cell.resolved)
-        for name in study.studies
-        for cell in _cells(name, overrides)
+        Row(name, _label(cell), cell.resolved) for name in study.studies for cell in _cells(name, overrides)
     ]
-    return sorted(found, key=lambda row: row.seed)
+    return sorted(found, key=lambda row: row.replicate)
 
 
 def _cells(name: str, overrides: Sequence[Override]) -> tuple[Cell, ...]:
@@ -82,7 +90,8 @@ def _cells(name: str, overrides: Sequence[Override]) -> tuple[Cell, ...]:
 
 
 def _label(cell: Cell) -> str:
-    return matrix.words({key: value for key, value in cell.axes.items() if key != "seed"})
+    repeats = ("seed", "data.folds.index")
+    return matrix.words({key: value for key, value in cell.axes.items() if key not in repeats})
 
 
 def facts(resolved: Resolved) -> str:
@@ -141,7 +150,8 @@ class Started:
         status = self.run.status()
         took_s = time.monotonic() - self._began
         state = status.state if status else "unknown"
-        return f"{self.row.study} {self.row.label} seed={self.row.seed}: {state}, {took_s:.0f} s"
+        seed, fold = self.row.replicate
+        return f"{self.row.study} {self.row.label} seed={seed} fold={fold}: {state}, {took_s:.0f} s"
 
 
 def _fork(run: RunDir, rank: int, ranks: int, port: int) -> int:
@@ -209,8 +219,9 @@ def outcomes(wanted: Sequence[Row], folder: Path) -> pd.DataFrame:
     """Returns what each cell that has completed reached, one row per cell.
 
     Returns:
-        ``study``, ``cell``, ``seed``, ``accuracy`` (share, at the end), ``staleness`` (mean over updates, NaN
-        without a server that tells), ``updates`` and ``train_s``.
+        ``study``, ``cell``, ``seed``, ``fold``, ``folds`` (0 without), ``accuracy`` (share, at the end; on
+        the fold held out, where there are folds), ``staleness`` (mean over updates, NaN without a server that
+        tells), ``updates`` and ``train_s``.
     """
     found = completed(folder)
     chosen = [(row, found[key]) for row in wanted if (key := facts(row.resolved)) in found]
@@ -221,7 +232,9 @@ def outcomes(wanted: Sequence[Row], folder: Path) -> pd.DataFrame:
         {
             "study": row.study,
             "cell": row.label,
-            "seed": row.seed,
+            "seed": row.replicate[0],
+            "fold": row.replicate[1],
+            "folds": row.folds,
             "accuracy": last.loc[run.name, "accuracy"],
             "staleness": ages.get(run.name, float("nan")),
             "updates": last.loc[run.name, "step"],
@@ -250,11 +263,12 @@ _HEAD = "accuracy %   less baseline [95 %]               staleness  updates     
 
 
 def _line(part: pd.DataFrame, cell: str, baseline: str, mean: pd.Series[float]) -> str:
-    by_seed = part.pivot_table(index="seed", columns="cell", values="accuracy")
+    by_replicate = part.pivot_table(index=["seed", "fold"], columns="cell", values="accuracy")
     difference, word = "", ""
     if cell != baseline:
-        both = by_seed[[cell, baseline]].dropna()
-        found = stats.mean_interval((100 * (both[cell] - both[baseline])).to_list())
+        both = by_replicate[[cell, baseline]].dropna()
+        folds = int(part["folds"].iloc[0]) or None
+        found = stats.mean_interval((100 * (both[cell] - both[baseline])).to_list(), folds=folds)
         difference = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
         word = verdict(found)
     return (

@@ -16,47 +16,61 @@ def study() -> async_study.Study:
     return async_study.Study.model_validate(strict.load(async_study.STUDY).data)
 
 
-def test_every_matrix_has_its_baseline_on_every_seed() -> None:
+def test_every_matrix_has_its_baseline_on_every_seed_or_fold() -> None:
     rows = async_study.rows(study())
-    assert [row.seed for row in rows] == sorted(row.seed for row in rows)
+    assert [row.replicate for row in rows] == sorted(row.replicate for row in rows)
     pairs = [(name, baseline) for name, several in study().studies.items() for baseline in several]
     for name, baseline in pairs:
-        seeds = [row.seed for row in rows if (row.study, row.label) == (name, baseline)]
-        assert seeds == [1, 2, 3, 4, 5], name
+        replicates = [row.replicate for row in rows if (row.study, row.label) == (name, baseline)]
+        seeds = (
+            [(1, fold) for fold in range(5)] if name == "study-async-folds" else [(s, 0) for s in range(1, 6)]
+        )
+        assert replicates == seeds, name
 
 
 def test_cells_that_several_matrices_share_are_trained_once() -> None:
-    rows = [row for row in async_study.rows(study()) if row.seed == 1]
+    rows = [row for row in async_study.rows(study()) if row.replicate == (1, 0)]
     plain = {
         row.study for row in rows if async_study.facts(row.resolved) == async_study.facts(rows[0].resolved)
     }
-    assert plain == set(study().studies) - {"study-async-partition"}
-    assert (
-        len({async_study.facts(row.resolved) for row in rows}) == len(rows) - 5
-    )  # plain: three more; slow and sync: one each
+    assert plain == set(study().studies) - {"study-async-partition", "study-async-folds"}
+    # plain: three more; slow and sync: one each
+    assert len({async_study.facts(row.resolved) for row in rows}) == len(rows) - 5
 
 
-def test_a_difference_is_told_only_where_the_seeds_suffice() -> None:
-    values = {"base": [0.80, 0.81, 0.82], "better": [0.90, 0.905, 0.92], "unclear": [0.79, 0.84, 0.80]}
-    frame = pd.DataFrame(
+def outcomes(cells: dict[str, list[float]], folds: int = 0) -> pd.DataFrame:
+    """Returns results of cells, one per seed or, with folds, one per fold of one seed."""
+    return pd.DataFrame(
         {
             "study": "s",
             "cell": cell,
-            "seed": seed,
+            "seed": 0 if folds else replicate,
+            "fold": replicate if folds else 0,
+            "folds": folds,
             "accuracy": value,
             "staleness": 2.0,
             "updates": 9,
             "train_s": 5,
         }
-        for cell, column in values.items()
-        for seed, value in enumerate(column)
+        for cell, column in cells.items()
+        for replicate, value in enumerate(column)
     )
-    lines = async_study.render(frame, {"s": ["base"], "not-run": ["base"]}).splitlines()
+
+
+def test_a_difference_is_told_only_where_the_seeds_suffice() -> None:
+    values = {"base": [0.80, 0.81, 0.82], "better": [0.90, 0.905, 0.92], "unclear": [0.79, 0.84, 0.80]}
+    lines = async_study.render(outcomes(values), {"s": ["base"], "not-run": ["base"]}).splitlines()
     assert lines[0] == "s; baseline: base"
     assert lines[2].split() == ["81.00", "2.00", "9", "5", "base"]
     assert "higher" in lines[3]
     assert "cannot tell" in lines[4]
     assert len(lines) == 5
+
+
+def test_folds_of_one_training_set_tell_less_than_as_many_seeds() -> None:
+    values = {"base": [0.80, 0.81, 0.82], "other": [0.815, 0.835, 0.85]}
+    for folds, word in ((0, "higher"), (3, "cannot tell")):
+        assert word in async_study.render(outcomes(values, folds), {"s": ["base"]}).splitlines()[3]
 
 
 @pytest.mark.parametrize(
