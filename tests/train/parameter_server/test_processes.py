@@ -13,7 +13,7 @@ import pytest
 
 from hpcsngd import lifeline, rundir
 from hpcsngd.config import resolve
-from hpcsngd.launch import submit
+from hpcsngd.launch import plan, submit
 from hpcsngd.rundir import RunDir, Status
 from hpcsngd.tables import TABLES
 from tests.train.runs import EXPERIMENT
@@ -21,14 +21,14 @@ from tests.train.runs import EXPERIMENT
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def send(folder: Path, section: str, **settings: Any) -> RunDir:
-    """Submits a run of a server and two workers on this machine."""
+def send(folder: Path, section: str, worker: str = plan.WORKER, **settings: Any) -> RunDir:
+    """Submits a run of a server and two workers, of a module, on this machine."""
     file = folder / "small.yaml"
     file.write_text(EXPERIMENT)
     given = {"strategy": "parameter_server", "parameter_server": section, "ranks_per_node": 3}
     given |= {"run_root": folder / "runs", **settings}
     changes = [resolve.override(name, str(value), "test") for name, value in given.items()]
-    return submit.submit(resolve.resolve("local", str(file), changes), argv=["test"]).run
+    return submit.submit(resolve.resolve("local", str(file), changes), argv=["test"], worker=worker).run
 
 
 def updates(run: RunDir) -> int:
@@ -96,6 +96,25 @@ def test_an_exception_of_the_server_reaches_everybody(tmp_path: Path) -> None:
     assert set(faults) == {0, 1, 2}
     assert {fault.kind for fault in faults.values()} == {"nan"}
     assert [faults[rank].is_echo for rank in (0, 1, 2)] == [False, True, True]
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_an_exception_of_a_worker_ends_the_run(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike the loss of a worker: the same program would fail in the others as well."""
+    root = str(Path(__file__).parents[3])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", "")))))
+    failing = f"{__package__}.failing_worker"
+    # worker 1 is slow enough to leave something for worker 2
+    slow = "delay: {mean_ms: 2000, kind: constant, all_workers: false, slow_worker: 1}"
+    ended = submit.wait(run := send(tmp_path, f"{{mode: {mode}, {slow}}}", failing), poll_s=0.2)
+    assert ended.state == "failed"
+    assert ended.reason.startswith("unknown: RuntimeError: no such luck (rank 2 on")
+    faults = {fault.rank: fault for fault in run.attempt(1).faults()}
+    assert set(faults) == {0, 1, 2}
+    assert [faults[rank].is_echo for rank in (0, 1, 2)] == [True, True, False]
+    assert "no such luck" in faults[1].message
 
 
 def test_a_stop_request_is_followed_with_a_checkpoint(tmp_path: Path) -> None:
