@@ -2,10 +2,10 @@
 
 Run: ``python -m benchmarks.async_study runs|table FOLDER``. ``runs`` trains the cells of the matrices that
 ``benchmarks/async_study.yaml`` names, seed by seed, and ``table`` compares each cell with the baseline of its
-matrix on the same seeds or folds. Every cell is an ordinary run directory with the ordinary workers and their
-RPC. Only their start is not the launcher's: this process imports torch once and forks them, because on two
-cores the imports would take longer than the training. Cells that have completed are skipped when a command is
-repeated.
+matrix on the same seeds or folds, and in a full product of axes the levels of each axis over all others.
+Every cell is an ordinary run directory with the ordinary workers and their RPC. Only their start is not the
+launcher's: this process imports torch once and forks them, because on two cores the imports would take longer
+than the training. Cells that have completed are skipped when a command is repeated.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Study(Strict):
     """Keys set in every cell."""
     studies: dict[str, list[str]]
     """Experiment with a matrix -> the cells that its others are compared with, a table for each."""
+    effects: dict[str, dict[str, list[str]]]
+    """Experiment with every combination of its axes -> axis -> the keys that it sets."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,18 @@ class Row:
 
     Attributes:
         study: the experiment.
-        label: its axes without those that repeat it.
+        axes: what its matrix sets in it, without what repeats it.
         resolved: its configuration.
     """
 
     study: str
-    label: str
+    axes: Mapping[str, Any]
     resolved: Resolved
+
+    @property
+    def label(self) -> str:
+        """Returns the axes in words."""
+        return matrix.words(self.axes)
 
     @property
     def replicate(self) -> tuple[int, int]:
@@ -79,7 +86,9 @@ def rows(study: Study) -> list[Row]:
     """Returns all cells, seed by seed and fold by fold, so that a study cut short has whole replicates."""
     overrides = [Override(f"experiment.{key}", value, "the study") for key, value in study.every.items()]
     found = [
-        Row(name, _label(cell), cell.resolved) for name in study.studies for cell in _cells(name, overrides)
+        Row(name, _axes(cell), cell.resolved)
+        for name in [*study.studies, *study.effects]
+        for cell in _cells(name, overrides)
     ]
     return sorted(found, key=lambda row: row.replicate)
 
@@ -89,9 +98,9 @@ def _cells(name: str, overrides: Sequence[Override]) -> tuple[Cell, ...]:
     return found.cells if found else ()
 
 
-def _label(cell: Cell) -> str:
+def _axes(cell: Cell) -> dict[str, Any]:
     repeats = ("seed", "data.folds.index")
-    return matrix.words({key: value for key, value in cell.axes.items() if key not in repeats})
+    return {key: value for key, value in cell.axes.items() if key not in repeats}
 
 
 def facts(resolved: Resolved) -> str:
@@ -277,6 +286,44 @@ def _line(part: pd.DataFrame, cell: str, baseline: str, mean: pd.Series[float]) 
     )
 
 
+def render_effects(wanted: Sequence[Row], results: pd.DataFrame, axes: Mapping[str, Sequence[str]]) -> str:
+    """Returns what each level of each axis changes against the axis's first level, over all other axes.
+
+    The differences of one seed, over all combinations of the other axes, are one replicate: combinations with
+    a seed share its initial weights, so they are averaged before the interval is taken over seeds.
+
+    Args:
+        wanted: the cells of one study.
+        results: of `outcomes`; cells that are missing leave out their pairs.
+        axes: axis -> the keys that it sets.
+    """
+    found = results[results["study"] == wanted[0].study].set_index(["cell", "seed"])["accuracy"]
+    lines = ["less the first, points [95 %]              pairs  accuracy %  level"]
+    for axis, keys in axes.items():
+        levels: dict[str, dict[tuple[str, int], float]] = {}
+        for row in wanted:
+            level = matrix.words({key: value for key, value in row.axes.items() if key in keys})
+            others = matrix.words({key: value for key, value in row.axes.items() if key not in keys})
+            if (key := (row.label, row.replicate[0])) in found.index:
+                levels.setdefault(level, {})[others, row.replicate[0]] = 100 * float(found[key])
+        lines += [f"{axis}:", *_levels(levels)]
+    return "\n".join(lines)
+
+
+def _levels(levels: Mapping[str, Mapping[tuple[str, int], float]]) -> Iterator[str]:
+    """Yields a line for each level of an axis, given its results by the other axes and the seed."""
+    first = next(iter(levels.values()), {})
+    for level, values in levels.items():
+        pairs = pd.Series({key: value - first[key] for key, value in values.items() if key in first})
+        text = ""
+        if values is not first:
+            difference = stats.mean_interval(pairs.groupby(level=1).mean().to_list())
+            text = f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+            text = f"{text:>22}  {verdict(difference)}"
+        mean = sum(values.values()) / len(values)
+        yield f"{text:<42}{len(pairs):>6}{mean:>12.2f}  {level}"
+
+
 def verdict(difference: stats.Interval) -> str:
     """Returns what an interval of a difference says: ``higher``, ``lower`` or ``cannot tell``."""
     if difference.low > 0:
@@ -302,6 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = outcomes(wanted, options.folder)
     results.to_csv(options.folder / "runs.csv", index=False, float_format="%.6g")
     print(render(results, study.studies))
+    for name, axes in study.effects.items():
+        part = [row for row in wanted if row.study == name]
+        print(f"\n{name}\n{render_effects(part, results, axes)}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,49 @@ def test_every_matrix_has_its_baseline_on_every_seed_or_fold() -> None:
         assert replicates == seeds, name
 
 
+def test_the_product_has_every_combination_once() -> None:
+    rows = [row for row in async_study.rows(study()) if row.study == "study-async-product"]
+    assert len(rows) == len({(row.label, row.replicate) for row in rows}) == 2 * 2 * 3 * 2 * 2 * 3
+    keys = [key for each in study().effects["study-async-product"].values() for key in each]
+    assert all(sorted(row.axes) == sorted(keys) for row in rows)
+
+
+def test_an_effect_is_the_mean_of_paired_differences_over_all_other_axes() -> None:
+    """+2 points by delay in every pair, whatever partitions cost; without its partner a cell is left out."""
+    wanted = [row for row in async_study.rows(study()) if row.study == "study-async-product"]
+    gains = {"delay": 2.0, "partition": -3.0}
+    frame = pd.DataFrame(
+        {
+            "study": row.study,
+            "cell": row.label,
+            "seed": row.replicate[0],
+            "accuracy": 0.7
+            + 0.01 * row.replicate[0]
+            + sum(
+                gain / 100
+                for axis, gain in gains.items()
+                if row.axes[f"parameter_server.{axis}"] not in (None, "dealt")
+            ),
+        }
+        for row in wanted[1:]
+    )
+    text = async_study.render_effects(wanted, frame, study().effects["study-async-product"])
+    lines = {line[61:].strip(): line[:61].split() for line in text.splitlines()[1:]}
+    assert lines["parameter_server.delay=null"] == ["71", "69.99"]
+    assert lines['parameter_server.delay={"intensity": "long"}'][:5] == [
+        "+2.00",
+        "[+2.00,",
+        "+2.00]",
+        "higher",
+        "71",
+    ]
+    assert lines["parameter_server.partition=labels"][3:5] == ["lower", "47"]
+    assert lines["parameter_server.compensation=null"][-2] == "71"
+
+
 def test_cells_that_several_matrices_share_are_trained_once() -> None:
     rows = [row for row in async_study.rows(study()) if row.replicate == (1, 0)]
+    rows = [row for row in rows if row.study in study().studies]
     plain = {
         row.study for row in rows if async_study.facts(row.resolved) == async_study.facts(rows[0].resolved)
     }
