@@ -15,6 +15,9 @@ ResNet-32: each step the lower of two periods.
 Memory. Peak resident memory of a process of its own for each case, less that of plain SGD; beside it the
 bytes that K-FAC reports to hold between steps, over the bytes of the weights, on 1, 2 and 4 ranks.
 
+Newton. The inverses of one refresh by Cholesky, as K-FAC computes them, and by Newton and Schulz's iteration,
+which is nothing but products, to a residual that is coarse for the purpose.
+
 Bytes. Handed to collectives by each of 1, 2 and 4 ranks, the most and what the formula says
 (`hpcsngd.optim.kaisa`).
 """
@@ -22,12 +25,16 @@ Bytes. Handed to collectives by each of 1, 2 and 4 ranks, the most and what the 
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.common import (
     PERIOD,
@@ -40,8 +47,9 @@ from benchmarks.common import (
     print_stagger,
     size_of_run,
 )
-from hpcsngd.optim import KFAC
+from hpcsngd.optim import KFAC, kfac_inverter
 from hpcsngd.optim.kaisa import Grid
+from hpcsngd.optim.kfac_decompose import inverse_each
 from hpcsngd.optim.packing import packed_numbers
 from tests.ranks import run_on_ranks
 
@@ -57,6 +65,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "local (dp)": LOCAL,
 }
 PERIODS = ((1, 1), (1, 10), (10, 10), (10, 100), (100, 100))
+PARTS = ("time", "stagger", "memory", "newton", "bytes")
 #: Plain SGD beside SGD: what differences mean nothing.
 BASE = "sgd"
 
@@ -159,10 +168,13 @@ def formula(options: dict[str, Any], ranks: int, rank: int, seen: Seen) -> tuple
     agree = 24 * len(seen.shapes) + 24 * len(items) + 8 * sum(shape[0] for shape, _ in items)
 
     def sent(shape: tuple[int, ...]) -> int:
-        is_eigen, panels = options["inverse"] == "eigen", range(0, shape[-1], 64)
-        if len(shape) == 3 and shape[-1] >= 384:
-            matrix = shape[0] * sum(min(64, shape[-1] - j) * (shape[-1] - j) for j in panels)
-            matrix += is_eigen * shape[0] * sum(min(64, shape[-1] - j) ** 2 for j in panels)
+        is_eigen, side = options["inverse"] == "eigen", shape[-1]
+        if len(shape) == 3 and side >= 384 and is_eigen:
+            cleared = 64 * round(side / 3 / 64)
+            panels = sum(64 * (side - j + 64) for j in range(0, cleared, 64))
+            matrix = shape[0] * (panels + (side - cleared) ** 2)
+        elif len(shape) == 3 and side >= 384:
+            matrix = shape[0] * sum(min(64, side - j) * (side - j) for j in range(0, side, 64))
         else:
             matrix = prod(shape) if is_eigen and len(shape) == 3 else packed_numbers(shape)
         return matrix + (prod(shape[:2]) if is_eigen and len(shape) == 3 else 0)
@@ -218,8 +230,70 @@ def measure_placement(model: str, options: dict[str, Any], ranks: int, batch: in
     return f"{sent}{held / 1e6:>9.1f}{held / seen[0].weights:>11.1f}"
 
 
+def damped_factors(model: str, batch: int) -> list[Tensor]:
+    """Returns the matrices that ``inverse`` inverts after a step of a model, damped as it damps them."""
+    found: list[Tensor] = []
+
+    def noted(factors: Sequence[Tensor]) -> Any:
+        found.extend(factor for factor in factors if factor.dim() == 3)
+        return inverse_each(factors)
+
+    with patch.object(kfac_inverter, "inverse_each", noted):
+        Trainer(SHAPES[model], partial(build, CASES["inverse"]), batch).step()
+    return found
+
+
+def newton_schulz(matrices: Tensor, residual: float, most: int = 60) -> tuple[Tensor, int]:
+    """Returns inverses by ``X <- X (2 I - A X)`` from ``X = A / (|A|_1 |A|_inf)``, and how many iterations.
+
+    Args:
+        matrices: symmetric, ``(blocks, d, d)``.
+        residual: of ``|I - A X|_F / sqrt(d)`` in every block.
+        most: iterations.
+    """
+    scale = matrices.abs().sum(2).amax(1).square()[:, None, None]
+    found, twice = matrices / scale, 2 * torch.eye(matrices.shape[2])
+    for iteration in range(1, most + 1):
+        product = matrices @ found
+        lacking = (product - twice / 2).square().sum((1, 2)).sqrt() / matrices.shape[2] ** 0.5
+        if float(lacking.max()) <= residual:
+            return found, iteration
+        found = found @ (twice - product)
+    return found, most
+
+
+def print_newton(model: str, batch: int) -> None:
+    """Prints what inverting a model's factors costs by Cholesky and by Newton and Schulz's iteration."""
+    sizes: dict[int, list[Tensor]] = {}
+    for factor in damped_factors(model, batch):
+        sizes.setdefault(factor.shape[2], []).append(factor)
+    print(f"\n{model}: inverses of all damped factors, CPU ms; Newton-Schulz to a residual of 1e-3")
+    print(f"{'rows':>6}{'blocks':>8}{'cholesky':>10}{'newton':>9}{'iterations':>12}")
+    totals = [0.0, 0.0]
+    for side, factors in sorted(sizes.items()):
+        matrices = torch.cat(factors)
+        iterations = newton_schulz(matrices, 1e-3)[1]
+        times = [
+            1000 * _cpu_s(run)
+            for run in (lambda: inverse_each([matrices]), lambda: newton_schulz(matrices, 1e-3))  # noqa: B023
+        ]
+        totals = [total + own for total, own in zip(totals, times, strict=True)]
+        print(f"{side:>6}{len(matrices):>8}{times[0]:>10.2f}{times[1]:>9.2f}{iterations:>12}", flush=True)
+    print(f"{'sum':>14}{totals[0]:>10.2f}{totals[1]:>9.2f}", flush=True)
+
+
+def _cpu_s(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Returns the median CPU time of some calls."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        run()
+        times.append(time.process_time() - begin)
+    return statistics.median(times)
+
+
 def main() -> None:
-    options = arguments(__doc__, CASES, ["resnet32", "resnet50"])
+    options = arguments(__doc__, CASES, ["resnet32", "resnet50"], PARTS)
     spread = {"factor_every": PERIOD, "inverse_every": PERIOD, "stagger": True}
     for model in options.models:
         rounds, batch = size_of_run(options, model)
@@ -231,6 +305,8 @@ def main() -> None:
             print_stagger(model, staggered, batch)
         if "memory" in options.parts:
             print_memory(model, {case: partial(build, own) for case, own in cases.items()}, batch)
+        if "newton" in options.parts:
+            print_newton(model, min(batch, 16))
         if "bytes" in options.parts:
             # Bytes do not depend on the batch; four copies of a full one would not fit small machines.
             print_bytes(model, options.cases, min(batch, 4))

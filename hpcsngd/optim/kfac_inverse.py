@@ -14,7 +14,7 @@ section 6.3 (factored Tikhonov damping and pi).
 
 Inverses that are applied at every step are kept as matrices: two products take the place of four triangular
 solves. They come from Cholesky factors, which tell whether a matrix is positive definite. Large ones, and
-large eigenvectors, are kept in about half their numbers (`hpcsngd.optim.kfac_halves`).
+large eigenvectors, are kept in fewer numbers (`hpcsngd.optim.kfac_halves`).
 """
 
 from __future__ import annotations
