@@ -1,7 +1,8 @@
 """Trains the cells of `study-lbfgs` without a launcher, which would take longer than the training itself.
 
 Run: ``python -m benchmarks.lbfgs FOLDER``, which ends with a table of what each method reached with equally
-many samples and in equal time. ``hpcsngd report FOLDER --spec lbfgs`` draws the same runs.
+many samples and in equal time. ``hpcsngd report FOLDER --spec analysis/reports/lbfgs.yaml`` draws
+the same runs.
 
 Cells of one number of ranks share one process group. For each seed all methods take turns, so that drifts of
 the machine meet all alike. A cell that has ended is skipped when the command is repeated.

@@ -149,3 +149,31 @@ def worker_boxes(staleness: pd.DataFrame, groups: Sequence[Group]) -> dict[str, 
 def worker_figure(data: dict[str, dict[str, Box]]) -> go.Figure:
     """Returns the drawing of `worker_boxes`."""
     return boxes(data, "updates", x_title="worker")
+
+
+def evaluations_per_step(lbfgs: pd.DataFrame) -> pd.DataFrame:
+    """Returns ``lbfgs`` with a column ``per_step``: evaluations since the run's last row (NaN in its first).
+
+    The first row of an attempt that resumed counts on from its checkpoint, as the counters do.
+    """
+    ordered = lbfgs.sort_values(["run", "step"], kind="stable")
+    return ordered.assign(per_step=ordered.groupby("run", sort=False)["evaluations"].diff())
+
+
+def pairs(lbfgs: pd.DataFrame, groups: Sequence[Group]) -> pd.DataFrame:
+    """Returns what became of the curvature pairs until the end of each run.
+
+    Returns:
+        Index: ``stored as they were``, ``damped and stored``, ``skipped``; columns: groups that have rows;
+        the median over runs, in pairs.
+    """
+    last = lbfgs.sort_values("step", kind="stable").groupby("run", sort=False).last()
+    parts = pd.DataFrame(
+        {
+            "stored as they were": last["kept"] - last["damped"],
+            "damped and stored": last["damped"],
+            "skipped": last["skipped"],
+        }
+    )
+    found = {group.name: parts[parts.index.isin(group.runs)] for group in groups}
+    return pd.DataFrame({name: rows.median() for name, rows in found.items() if len(rows)}, dtype=float)

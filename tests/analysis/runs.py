@@ -229,6 +229,20 @@ def _curvature(rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
             }
             for step in range(1, 21, 2)
         ],
+        "lbfgs": [
+            {
+                "step": step,
+                "epoch": step / 5,
+                "objective": 2.0 / step,
+                "iterations": step,
+                "evaluations": 2 * step + step // 3,
+                "kept": step - step // 4,
+                "damped": step // 5,
+                "skipped": step // 4,
+                "resets": step // 15,
+            }
+            for step in range(1, 21)
+        ],
         "staleness": [
             {
                 "step": step,

@@ -69,6 +69,21 @@ def test_staleness_by_worker() -> None:
     assert (list(drawn.lowerfence), list(drawn.upperfence)) == ([0.0, 2.0], [5.0, 2.0])
 
 
+def test_what_lbfgs_spent_and_what_became_of_its_pairs() -> None:
+    """Counters run on over a resume; the pairs are those of the last step, damped ones stored as well."""
+    rows = [("a", 2, 7, 2, 1, 0), ("a", 1, 3, 1, 0, 0), ("b", 1, 2, 0, 0, 1), ("a", 3, 9, 2, 1, 1)]
+    columns = ["run", "step", "evaluations", "kept", "damped", "skipped"]
+    table = pd.DataFrame(rows, columns=columns)
+    spent = figures.evaluations_per_step(table)
+    assert spent[spent["run"] == "a"]["per_step"].tolist()[1:] == [4, 2]
+    assert spent["per_step"].isna().sum() == 2
+    found = figures.pairs(table, [Group("one", ("a",)), Group("both", ("a", "b")), Group("none", ("c",))])
+    assert found.to_dict() == {
+        "one": {"stored as they were": 1, "damped and stored": 1, "skipped": 1},
+        "both": {"stored as they were": 0.5, "damped and stored": 0.5, "skipped": 1},
+    }
+
+
 def test_eigenvalue_over_damping() -> None:
     table = pd.DataFrame({"top_eigenvalue": [0.6], "damping": [0.3]})
     assert figures.eigenvalue_over_damping(table)["strength"].tolist() == [2.0]

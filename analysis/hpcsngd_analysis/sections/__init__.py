@@ -52,6 +52,7 @@ BUILDERS: tuple[Builder, ...] = (
     Builder("gradient-error", "Gradient error", curvature.gradient_error, ("grad_error",), "--grad-error"),
     Builder("damping", "Damping", curvature.damping, ("rank_analysis",), "--rank-analysis"),
     Builder("staleness", "Staleness", curvature.staleness, ("staleness",), "the strategy parameter_server"),
+    Builder("lbfgs", "L-BFGS", curvature.lbfgs, ("lbfgs",), "the optimizer lbfgs"),
     Builder(
         "preconditioning", "Scale and rotation", curvature.preconditioning, ("quantify",),
         "diagnostics.quantify_every",

@@ -1,4 +1,4 @@
-"""What second-order methods do inside: rank, gradient norm and error, damping, staleness, scale, rotation."""
+"""What methods do inside: rank, gradient norm and error, damping, staleness, scale, rotation, pairs."""
 
 from __future__ import annotations
 
@@ -177,6 +177,33 @@ def preconditioning(context: Context) -> Section | None:
         f"{drawn_note(context)}"
     ).strip()
     return Section("preconditioning", "Scale and rotation", panels=panels, note=note)
+
+
+def lbfgs(context: Context) -> Section | None:
+    """Returns the objective, the evaluations that line searches took, and what became of curvature pairs."""
+    table = context.table("lbfgs")
+    if table.empty:
+        return None
+    clock = series.clock_of(table)
+    objective = _over_time(context, "lbfgs", "objective", "loss")
+    spent = series.spreads(figures.evaluations_per_step(table), context.members, "per_step", x=clock)
+    became = series.stacked(figures.pairs(table, context.groups), "pairs")
+    panels = (
+        Panel("lbfgs-objective", "Objective before each step", objective),
+        Panel(
+            "lbfgs-evaluations",
+            "Evaluations per step",
+            series.figure(spent, "evaluations", x_title=clock, is_log=False, has_zero=True),
+        ),
+        Panel("lbfgs-pairs", "Curvature pairs", became),
+    )
+    resets = int(table.groupby("run")["resets"].max().sum())
+    note = (
+        "An evaluation is loss and gradient of a batch; a step takes some for its line search and may take "
+        "more for its pair. A pair is skipped where it has too little curvature, or damped (Powell) where "
+        f"that is on. All pairs were forgotten {resets} times in these runs. {drawn_note(context)}"
+    ).strip()
+    return Section("lbfgs", "L-BFGS", panels=panels, note=note)
 
 
 def _over_time(
