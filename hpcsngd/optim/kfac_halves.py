@@ -1,4 +1,4 @@
-"""Orthogonal and symmetric matrices kept in little more than half their numbers, and products with them.
+"""Orthogonal and symmetric matrices kept in half to four fifths of their numbers, and products with them.
 
 Neither has more than about d^2 / 2 numbers of its own. From a certain size on they are kept as panels of
 `WIDTH` columns, panel j as its rows from the diagonal on, and never put together again: a product goes panel
