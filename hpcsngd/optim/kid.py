@@ -41,6 +41,7 @@ from torch import Tensor
 
 from hpcsngd.optim.linalg import jittered_cholesky, jittered_cholesky_each, pivoted_cholesky_batch
 from hpcsngd.optim.rows import Rows
+from hpcsngd.optim.threads import MOST_OF_EACH, one_thread_if
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ def interpolate_rows(
         damping: see there.
         residual: see there; with it the whole kernel is needed in double precision.
     """
+    largest = max((len(each) ** 2 * each.numbers for each in rows), default=0)
+    is_small = largest <= MOST_OF_EACH and all(each.tensors[0].device.type == "cpu" for each in rows)
+    with one_thread_if(is_small):
+        return _interpolated(rows, ranks, samples, damping, residual=residual)
+
+
+def _interpolated(
+    rows: Sequence[Rows], ranks: Sequence[int], samples: Sequence[int], damping: float, *, residual: bool
+) -> list[Interpolation | None]:
     found: dict[int, Interpolation] = {}
     if not residual:
         found = _screened(
