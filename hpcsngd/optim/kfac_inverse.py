@@ -50,6 +50,10 @@ class Inverse(ABC):
     def solve(self, blocks: Tensor) -> Tensor:
         """Returns V for every M, ``(blocks, d_out, d_in)``."""
 
+    @abstractmethod
+    def multiplications(self, rows: int, columns: int) -> int:
+        """Returns about how many `solve` takes for blocks ``(rows, columns)``, all blocks together."""
+
     @property
     def present(self) -> list[Tensor]:
         """Returns the tensors that there are."""
@@ -96,6 +100,11 @@ class EigenInverse(Inverse):
             rotated = times_orthogonal(rotated.mT, vectors_g, transposed=True).mT
         return rotated if vectors_a is None else times_orthogonal(rotated, vectors_a, transposed=True)
 
+    def multiplications(self, rows: int, columns: int) -> int:
+        """See `Inverse.multiplications`."""
+        vectors_a, _, vectors_g, _ = self.tensors
+        return 2 * (_numbers(vectors_a) * rows + _numbers(vectors_g) * columns)
+
 
 @dataclass(frozen=True)
 class CholeskyInverse(Inverse):
@@ -108,6 +117,14 @@ class CholeskyInverse(Inverse):
         # A diagonal is as long as a row; a matrix in panels has more numbers than that.
         is_diagonal = a.shape[1:] == blocks.shape[2:]
         return result * a.unsqueeze(1) if is_diagonal else times_symmetric(result, a)
+
+    def multiplications(self, rows: int, columns: int) -> int:
+        """See `Inverse.multiplications`."""
+        return _numbers(self.tensors[0]) * rows + _numbers(self.tensors[1]) * columns
+
+
+def _numbers(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()
 
 
 def _outer(values_g: Tensor | None, values_a: Tensor | None) -> Tensor:

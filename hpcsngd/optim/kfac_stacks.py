@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hpcsngd.optim.gradients import Solved
 from hpcsngd.optim.kfac_inverse import Inverse, joined
+from hpcsngd.optim.threads import MOST_MULTIPLICATIONS, one_thread_if
 
 #: Larger inverses are applied by themselves: products bound them, not overhead.
 MOST_NUMBERS = 2**20
@@ -84,5 +85,7 @@ def _stacked(names: tuple[str, ...], members: Sequence[Inverse]) -> _Stack:
 def _solved(names: list[str], inverse: Inverse, grads: Mapping[str, Tensor]) -> Solved:
     stacked = torch.stack([grads[name] for name in names])
     blocks = stacked.flatten(0, 1).to(inverse.dtype)
-    results = inverse.solve(blocks).to(stacked.dtype).reshape(stacked.shape)
+    is_small = inverse.multiplications(*blocks.shape[1:]) <= MOST_MULTIPLICATIONS
+    with one_thread_if(is_small and blocks.device.type == "cpu"):
+        results = inverse.solve(blocks).to(stacked.dtype).reshape(stacked.shape)
     return Solved(names, stacked, results, inverse.damping)

@@ -66,7 +66,9 @@ def wait_until(is_true: Callable[[], object], run: RunDir) -> None:
 
 def test_a_worker_that_is_killed_on_its_node_is_survived(configure: Configure) -> None:
     """srun ends a step whose task fails; the lost worker's agent does not."""
-    run = submit.submit(configured(configure, "per_rank", mode="async", delay=STUCK), argv=["test"]).run
+    # with equal shares worker 1 cannot be done with everything before worker 2 is there
+    resolved = configured(configure, "per_rank", mode="async", shares="equal", delay=STUCK)
+    run = submit.submit(resolved, argv=["test"]).run
 
     def worker() -> lifeline.Beat | None:
         return lifeline.read_beat(run.attempt(1).heartbeats, "rank2")

@@ -64,7 +64,8 @@ def run_and_kill(folder: Path, section: str) -> tuple[RunDir, Status]:
 
 
 def test_asynchronous_training_survives_a_killed_worker(tmp_path: Path) -> None:
-    run, ended = run_and_kill(tmp_path, f"{{mode: async, {STUCK}}}")
+    # with equal shares worker 1 cannot be done with everything before worker 2 is there
+    run, ended = run_and_kill(tmp_path, f"{{mode: async, shares: equal, {STUCK}}}")
     assert ended.state == "completed", ended.reason
     assert ended.reason.startswith("went on although worker 2 on ")
     assert "was ended by SIGKILL (signal 9), seen after step " in ended.reason
