@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from hpcsngd.optim.linalg import jittered_cholesky
-from hpcsngd.optim.threads import one_thread_each, runs_alone
+from hpcsngd.optim.threads import one_thread_each, one_thread_if, runs_alone
+
+#: Rows from which on Cholesky's inverses are worth a thread for each matrix: 9 with 576 rows take 0.8 times as
+#: long as by one thread, 11 with 144 rows 1.7 times and 10 with 64 rows 8 times (2 CPU threads).
+LEAST_EACH = 256
 
 
 def eigh_each(factors: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor] | None]:
@@ -91,13 +95,27 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
-    factors, info = torch.linalg.cholesky_ex(matrices)
+    factors, info = _alone(lambda part: tuple(torch.linalg.cholesky_ex(part)), matrices)
     good = _all_of_each((info == 0) & factors.diagonal(dim1=1, dim2=2).isfinite().all(1), counts)
-    inverses = torch.split(torch.cholesky_inverse(factors), list(counts)) if any(good) else ()
+    inverses: Sequence[Tensor] = ()
+    if any(good):
+        (whole,) = _alone(lambda part: (torch.cholesky_inverse(part),), factors)
+        inverses = torch.split(whole, list(counts))
     results: list[Any] = []
     for position, (part, is_good) in enumerate(zip(torch.split(matrices, list(counts)), good, strict=True)):
         results.append((inverses[position], 0.0) if is_good else _helped_inverse(part))
     return results
+
+
+def _alone(function: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor) -> tuple[Tensor, ...]:
+    """Returns a function of a batch: of matrices that run better alone by one thread, or one thread each."""
+    if not runs_alone(matrices):
+        return function(matrices)
+    if matrices.shape[-1] < LEAST_EACH:
+        with one_thread_if(True):
+            return function(matrices)
+    parts = one_thread_each(function, torch.split(matrices, 1))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def _helped_inverse(matrices: Tensor) -> tuple[Tensor, float] | None:

@@ -19,8 +19,8 @@ from torch import Tensor
 #: Matrices with more rows are decomposed one after the other by all threads: there are few of them, and they
 #: have work for all. Not measured; the gain of one thread each was, up to 576 rows.
 MOST_ROWS = 1024
-#: Up to so many multiplications in all, one thread makes a series of products: about 2 ms of its time.
-MOST_MULTIPLICATIONS = 2**26
+#: Up to so many multiplications in all, one thread makes a series of products: about 4 ms of its time.
+MOST_MULTIPLICATIONS = 2**27
 
 #: The same for a series in which every product has at most so many; larger ones were not measured.
 MOST_OF_EACH = 2**24
