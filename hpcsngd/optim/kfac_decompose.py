@@ -14,8 +14,8 @@ from torch import Tensor
 from hpcsngd.optim.linalg import jittered_cholesky
 from hpcsngd.optim.threads import one_thread_each, one_thread_if, runs_alone
 
-#: Rows from which on Cholesky's inverses are worth a thread for each matrix: 9 with 576 rows take 0.8 times as
-#: long as by one thread, 11 with 144 rows 1.7 times and 10 with 64 rows 8 times (2 CPU threads).
+#: Rows from which on Cholesky's inverses are worth a thread for each matrix: 9 with 576 rows take 0.8 times
+#: as long as by one thread, 11 with 144 rows 1.7 times and 10 with 64 rows 8 times (2 CPU threads).
 LEAST_EACH = 256
 
 
