@@ -234,6 +234,8 @@ def outcomes(wanted: Sequence[Row], folder: Path) -> pd.DataFrame:
     """
     found = completed(folder)
     chosen = [(row, found[key]) for row in wanted if (key := facts(row.resolved)) in found]
+    if not chosen:
+        raise SystemExit(f"{folder}: no cell of the study has completed here")
     tables = load(list(dict.fromkeys(run.path for _, run in chosen)), ["eval", "staleness"]).tables
     last = tables["eval"].groupby("run").last()
     ages = tables["staleness"].groupby("run")["staleness"].mean()

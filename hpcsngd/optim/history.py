@@ -12,6 +12,7 @@ entry, plus ``4 d``; low rank ``4 m rank (n_1 + n_2)`` per ``n_1 x n_2`` tensor.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -209,15 +210,21 @@ def _matrix_products(values: Tensor, positions: Tensor, vector: Tensor) -> Tenso
     """Returns `_plain_products`: by MKL on all threads where torch has it."""
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return torch.from_numpy(_scipy_matrix(values, positions, len(vector)) @ vector.numpy())
+    _warn_silently()
     size = (len(values), len(vector))
     starts = torch.from_numpy(_starts(values))
-    with warnings.catch_warnings():
-        # "in beta state"; tests compare it with plain torch
-        warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
-        matrix = torch.sparse_csr_tensor(
-            starts, positions.view(-1), values.view(-1), size, check_invariants=False
-        )
+    matrix = torch.sparse_csr_tensor(
+        starts, positions.view(-1), values.view(-1), size, check_invariants=False
+    )
     return matrix @ vector
+
+
+@functools.cache
+def _warn_silently() -> None:
+    """Has torch say unheard, once per process, that its sparse matrices are in beta: tests compare them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def _matrix_combine(values: Tensor, positions: Tensor, weights: Tensor, size: int) -> Tensor:

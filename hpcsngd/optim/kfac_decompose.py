@@ -66,7 +66,7 @@ def _by_size(
 
 def _eigh_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
     try:
-        values, vectors = _eigh(matrices)
+        values, vectors = _alone(lambda part: tuple(torch.linalg.eigh(part)), matrices)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if len(counts) > 1:
             # Somebody in the batch fails: find out who, the others go on.
@@ -85,21 +85,12 @@ def _eigh_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
     return [(vector, value) if is_good else None for vector, value, is_good in parts]
 
 
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns eigenvalues and eigenvectors of a batch."""
-    if not runs_alone(matrices):
-        values, vectors = torch.linalg.eigh(matrices)
-        return values, vectors
-    pairs = one_thread_each(torch.linalg.eigh, torch.split(matrices, 1))
-    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
-
-
 def _inverse_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
-    factors, info = _alone(lambda part: tuple(torch.linalg.cholesky_ex(part)), matrices)
+    factors, info = _alone(lambda part: tuple(torch.linalg.cholesky_ex(part)), matrices, LEAST_EACH)
     good = _all_of_each((info == 0) & factors.diagonal(dim1=1, dim2=2).isfinite().all(1), counts)
     inverses: Sequence[Tensor] = ()
     if any(good):
-        (whole,) = _alone(lambda part: (torch.cholesky_inverse(part),), factors)
+        (whole,) = _alone(lambda part: (torch.cholesky_inverse(part),), factors, LEAST_EACH)
         inverses = torch.split(whole, list(counts))
     results: list[Any] = []
     for position, (part, is_good) in enumerate(zip(torch.split(matrices, list(counts)), good, strict=True)):
@@ -107,11 +98,19 @@ def _inverse_batch(matrices: Tensor, counts: Sequence[int]) -> list[Any]:
     return results
 
 
-def _alone(function: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor) -> tuple[Tensor, ...]:
-    """Returns a function of a batch: of matrices that run better alone by one thread, or one thread each."""
+def _alone(
+    function: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor, least: int = 0
+) -> tuple[Tensor, ...]:
+    """Returns a function of a batch, on the threads that suit it.
+
+    Args:
+        function: of a batch, result by result.
+        matrices: the batch.
+        least: rows from which on each matrix has a thread; smaller ones share one.
+    """
     if not runs_alone(matrices):
         return function(matrices)
-    if matrices.shape[-1] < LEAST_EACH:
+    if matrices.shape[-1] < least:
         with one_thread_if(True):
             return function(matrices)
     parts = one_thread_each(function, torch.split(matrices, 1))

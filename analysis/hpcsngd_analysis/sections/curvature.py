@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from hpcsngd_analysis import critical, series
 from hpcsngd_analysis import curvature_figures as figures
-from hpcsngd_analysis.panels import Panel, Section
+from hpcsngd_analysis.panels import Panel, Section, bars_panel
 from hpcsngd_analysis.sections.context import Context, drawn_note
 
 NORMS = 6
@@ -195,7 +195,7 @@ def lbfgs(context: Context) -> Section | None:
             "Evaluations per step",
             series.figure(spent, "evaluations", x_title=clock, is_log=False, has_zero=True),
         ),
-        Panel("lbfgs-pairs", "Curvature pairs", became),
+        bars_panel("lbfgs-pairs", "Curvature pairs", became),
     )
     resets = int(table.groupby("run")["resets"].max().sum())
     note = (
